@@ -1,0 +1,53 @@
+"""Write `src/ninerank/proto/v1/*_pb2*.py[i]` from the .proto files: `python scripts/generate_proto.py [--check]`.
+
+The .proto files keep the layout that protobuf tools of other languages expect (`ninerank/v1/predictor.proto`); the
+Python code is moved to `ninerank.proto.v1`, so that `ninerank` stays the only top-level import name.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent / "src" / "ninerank" / "proto"
+PACKAGE = "ninerank.v1"
+OUT_PACKAGE = "ninerank.proto.v1"
+
+
+def generate(root: Path = ROOT) -> dict[Path, str]:
+    """Text of every generated file, by its place in the package."""
+    from grpc_tools import protoc
+
+    sources = sorted(str(path.relative_to(root)) for path in (root / "ninerank").rglob("*.proto"))
+    with tempfile.TemporaryDirectory() as directory:
+        # A process of its own: protoc run in this one would leave its plugins' state behind between calls.
+        command = [sys.executable, "-m", protoc.__name__, f"-I{root}"]
+        command += [f"--{kind}_out={directory}" for kind in ("python", "pyi", "grpc_python")]
+        subprocess.run([*command, *sources], check=True)
+        written = sorted(path for path in Path(directory).rglob("*") if path.is_file())
+        return {root / path.relative_to(Path(directory) / "ninerank"): _rewrite(path.read_text()) for path in written}
+
+
+def _rewrite(text: str) -> str:
+    text = re.sub(rf"^from {re.escape(PACKAGE)} import", f"from {OUT_PACKAGE} import", text, flags=re.MULTILINE)
+    return text.replace(f"'{PACKAGE}.predictor_pb2'", f"'{OUT_PACKAGE}.predictor_pb2'")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Generate the Python code of the .proto files.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file is not up to date")
+    check = parser.parse_args().check
+    files = generate()
+    stale = [path for path, text in files.items() if not path.is_file() or path.read_text() != text]
+    for path in stale:
+        print(f"{'stale' if check else 'written'}: {path}")
+        if not check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(files[path])
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
