@@ -88,7 +88,12 @@ def _keys_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
     """Valid keys of the (possibly nested) model at `loc`; union members are met by their tag."""
     models = [model]
     for part in loc:
-        inner = [m for parent in models if isinstance(part, str) and part in parent.model_fields for m in _models_in(parent.model_fields[part].annotation)]
+        inner = [
+            m
+            for parent in models
+            if isinstance(part, str) and part in parent.model_fields
+            for m in _models_in(parent.model_fields[part].annotation)
+        ]
         tagged = [m for m in models if part in _tags(m)]
         models = inner or tagged or models
     return sorted({key for m in models for key in m.model_fields})
@@ -104,4 +109,9 @@ def _models_in(annotation: object) -> list[type[BaseModel]]:
 
 def _tags(model: type[BaseModel]) -> set[object]:
     """Literal values of a model's `kind` or `name` field: the tag that selects it in a union."""
-    return {value for key in ("kind", "name") if key in model.model_fields for value in getattr(model.model_fields[key].annotation, "__args__", ()) or ()}
+    return {
+        value
+        for key in ("kind", "name")
+        if key in model.model_fields
+        for value in getattr(model.model_fields[key].annotation, "__args__", ()) or ()
+    }
