@@ -23,7 +23,7 @@ import torch
 
 from ninerank.errors import DeviceError
 
-__all__ = ["KINDS", "CpuEvent", "CpuStream", "Device", "Memory", "missing"]
+__all__ = ["KINDS", "CpuEvent", "CpuStream", "Device", "Memory", "Missing", "missing"]
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,14 @@ class Memory:
     used_bytes: int
     peak_bytes: int
     total_bytes: int
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Why a kind of device cannot run here. mend: what to install or type."""
+
+    what: str
+    mend: str
 
 
 @dataclass(frozen=True)
@@ -74,17 +82,17 @@ class Device:
         if kind != "auto":
             problem = missing(kind)
             if problem is not None:
-                raise DeviceError(f"device {spec!r}: {problem}")
+                raise DeviceError(f"device {spec!r}: {problem.what}; {problem.mend}")
             return cls._of(kind, index, f"{spec!r} was asked for")
         passed_over: list[str] = []
         for kind in KINDS:
             problem = missing(kind)
             if problem is None:
-                device = cls._of(kind, None, "; ".join([*passed_over, f"{kind} can run"]))
-                log.info("device %s: %s", device.name, device.reason)
-                return device
-            passed_over.append(f"no {kind}: {problem}")
-        raise DeviceError("; ".join(passed_over))
+                break
+            passed_over.append(f"no {kind}: {problem.what}")
+        device = cls._of(kind, None, "; ".join(["the first that runs of npu, cuda, cpu", *passed_over]))
+        log.info("device %s (%s)", device.name, device.reason)
+        return device
 
     @classmethod
     def _of(cls, kind: str, index: int | None, reason: str) -> "Device":
@@ -194,33 +202,41 @@ class CpuEvent:
         return (end.time_s - self.time_s) * 1e3
 
 
-def missing(kind: str) -> str | None:
-    """What keeps devices of `kind` (cpu, cuda, npu) from running here and what mends it, or None where they run."""
-    checks: dict[str, Callable[[], str | None]] = {"cpu": lambda: None, "cuda": _missing_cuda, "npu": _missing_npu}
+def missing(kind: str) -> Missing | None:
+    """What keeps devices of `kind` (cpu, cuda, npu) from running here, or None where they run."""
+    checks: dict[str, Callable[[], Missing | None]] = {"cpu": lambda: None, "cuda": _missing_cuda, "npu": _missing_npu}
     return checks[kind]()
 
 
-def _missing_cuda() -> str | None:
+def _missing_cuda() -> Missing | None:
     if torch.cuda.is_available():
         return None
     if torch.version.cuda is None:
-        return f"torch {torch.__version__} is a build without CUDA; install a CUDA build of the same version (make setup DEVICE=cuda)"
-    return f"torch is built for CUDA {torch.version.cuda}, but no NVIDIA GPU or driver is visible (see nvidia-smi and CUDA_VISIBLE_DEVICES)"
+        mend = f"pip install --force-reinstall torch=={_release(torch.__version__)}   (from an index that has CUDA builds of it)"
+        return Missing(f"torch {torch.__version__} is a build without CUDA", mend)
+    what = f"torch is built for CUDA {torch.version.cuda}, but no NVIDIA GPU or driver is visible"
+    return Missing(what, "install NVIDIA's driver; nvidia-smi must list the GPU, and CUDA_VISIBLE_DEVICES must not hide it")
 
 
-def _missing_npu() -> str | None:
+def _missing_npu() -> Missing | None:
+    cann = "install Huawei's CANN toolkit and run: source /usr/local/Ascend/ascend-toolkit/set_env.sh"
+    package = f"pip install torch_npu=={_release(torch.__version__)}"
     if find_spec("torch_npu") is None:
-        return "torch_npu is not installed; install torch_npu and Huawei's CANN toolkit (make setup DEVICE=npu)"
+        return Missing("torch_npu is not installed", f"{package}; {cann}")
     try:
         module = _backend("npu")
-        found = module.is_available() and module.device_count() > 0
+        if module.is_available() and module.device_count() > 0:
+            return None
     except Exception as error:  # noqa: BLE001 - a missing or broken driver surfaces as almost any type from torch_npu
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return (
-            f"torch_npu is installed but does not load ({first_line}); install the CANN toolkit, run "
-            "`source /usr/local/Ascend/ascend-toolkit/set_env.sh`, and use the torch_npu that belongs to torch " + torch.__version__
-        )
-    return None if found else "torch_npu loads, but no NPU is visible (see npu-smi info and ASCEND_RT_VISIBLE_DEVICES)"
+        return Missing(f"torch_npu is installed but does not load: {first_line}", f"{cann}   (and if it is of another torch: {package})")
+    return Missing(
+        "torch_npu loads, but no NPU is visible", f"npu-smi info must list it, ASCEND_RT_VISIBLE_DEVICES must not hide it; {cann}"
+    )
+
+
+def _release(version: str) -> str:
+    return version.partition("+")[0]
 
 
 def _backend(kind: str) -> ModuleType:
@@ -247,7 +263,7 @@ def _has_bfloat16(kind: str, module: ModuleType, index: int) -> bool:
 def _cpu_autocast_dtype() -> torch.dtype | None:
     """bfloat16 where the processor multiplies it (AMX, AVX-512 BF16, Arm BF16); elsewhere emulation is slower than float32."""
     capabilities = torch.cpu.get_capabilities()
-    native = any(capabilities.get(flag) for flag in ("amx_bf16", "avx512_bf16", "arm_bf16", "bf16"))
+    native = any(capabilities.get(flag) for flag in ("amx_bf16", "avx512_bf16", "bf16"))
     return torch.bfloat16 if native else None
 
 

@@ -1,0 +1,128 @@
+"""Entry point of the command `ninerank`: finds the verb, loads that verb's module alone, and turns errors into one line.
+
+Exit codes: 0 done, 1 an error that a user, a file or a peer caused, 2 wrong usage, 130 interrupted.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import typer
+
+from ninerank import __version__
+from ninerank.errors import NinerankError
+
+# verb -> what `ninerank --help` says of it; the module is ninerank.cli.<verb>, with `run` (a command) or `app` (sub-commands).
+VERBS = {
+    "doctor": "Show what this machine can run, what is missing, and the line that mends it.",
+}
+
+# What an extra brings, by import name: a verb that meets its absence says which extra to install.
+_EXTRAS = {
+    "grpc": "serve",
+    "grpc_health": "serve",
+    "grpc_reflection": "serve",
+    "google": "serve",
+    "prometheus_client": "serve",
+    "redis": "serve",
+    "matplotlib": "report",
+    "tensorboard": "report",
+    "torchrec": "cuda",
+    "fbgemm_gpu": "cuda",
+}
+
+log = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line `arguments` (default: those of the process) and exit."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    verb = next((word for word in words if not word.startswith("-")), None)
+    try:
+        build(verb)(words, prog_name="ninerank")
+    except NinerankError as error:
+        _fail(str(error), error)
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        _fail(f"{error.name} is not installed; it comes with: pip install 'ninerank[{extra}]'", error)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _fail(f"{error.filename}: {error.strerror}", error)
+
+
+def build(verb: str | None) -> typer.Typer:
+    """The whole command line; only the module of `verb` is loaded, the other verbs are there for the help page."""
+    app = typer.Typer(
+        name="ninerank",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_options)
+    for name, summary in VERBS.items():
+        if name != verb:
+            app.command(name, help=summary)(_not_loaded)
+            continue
+        module = import_module(f"ninerank.cli.{name}")
+        if hasattr(module, "app"):
+            app.add_typer(module.app, name=name, help=summary, no_args_is_help=True)
+        else:
+            app.command(name)(module.run)
+    return app
+
+
+def _not_loaded() -> None:
+    """Stands in for the verbs that this command line does not name."""
+
+
+def _show_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    try:
+        torch = version("torch")
+    except PackageNotFoundError:
+        torch = "not installed"
+    print(f"ninerank {__version__} (Python {sys.version.split()[0]}, torch {torch})")
+    raise typer.Exit
+
+
+def _options(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more; show where an error came from.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Log warnings and errors only.")] = False,
+    _version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the versions.")] = False,
+) -> None:
+    """Train ranking models on CPU, NVIDIA GPU and Ascend NPU, and serve them."""
+    rank = os.environ.get("RANK", "0")
+    spare = quiet or rank != "0"  # processes beside the first one speak up only when something is wrong
+    configure_logging(logging.DEBUG if verbose else logging.WARNING if spare else logging.INFO, rank)
+
+
+def configure_logging(level: int, rank: str = "0") -> None:
+    """Log to standard error, with the process's rank in every line; other packages from WARNING on."""
+    handler = _StandardError()
+    handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("ninerank").setLevel(level)
+
+
+class _StandardError(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to whatever sys.stderr is at the moment, so that a line lands above a live progress bar and not in it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.setStream(sys.stderr)
+        super().emit(record)
+
+
+def _fail(message: str, error: Exception) -> None:
+    log.debug("where it came from", exc_info=error)
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(1)
