@@ -1,0 +1,1 @@
+"""Embedding tables: merged storage, lookup of a batch, sparse optimizers."""

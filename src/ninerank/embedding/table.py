@@ -1,0 +1,190 @@
+"""Tables of one embedding dim merged in one storage, and the seam between lookup and optimizer.
+
+A group holds the rows of all its tables in one tensor; table t owns the rows `offset[t] ... offset[t] + num_rows[t]`.
+In dense mode the storage is an ordinary parameter. In sparse mode it takes no gradient: the backward of `rows` leaves
+(row, gradient) pairs in `RowGradients`, which a sparse optimizer merges and applies to the touched rows alone. A fused
+operator has the same two ends: forward from storage and row numbers, backward into (row, gradient) pairs or straight into the update.
+
+Shape legend: N looked-up ids, K distinct rows among them, D embedding dim.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+__all__ = ["RowGradients", "TableGroup", "TableLayout", "initial_rows"]
+
+INIT_BLOCK_ROWS = 65_536
+
+
+@dataclass(frozen=True)
+class TableLayout:
+    """Where each table's rows lie in the merged storage.
+
+    >>> layout = TableLayout.of({"user": 3, "item": 5})
+    >>> layout.offsets, layout.total_rows, layout.rows_of("item")
+    ((0, 3), 8, slice(3, 8, None))
+    """
+
+    names: tuple[str, ...]
+    num_rows: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+    @classmethod
+    def of(cls, num_rows: Mapping[str, int]) -> "TableLayout":
+        sizes = tuple(num_rows.values())
+        return cls(tuple(num_rows), sizes, tuple(accumulate(sizes, initial=0))[:-1])
+
+    @property
+    def total_rows(self) -> int:
+        return sum(self.num_rows)
+
+    def rows_of(self, name: str) -> slice:
+        """Rows of one table in the merged storage."""
+        i = self.names.index(name)
+        return slice(self.offsets[i], self.offsets[i] + self.num_rows[i])
+
+    def items(self) -> Iterator[tuple[str, slice]]:
+        for name in self.names:
+            yield name, self.rows_of(name)
+
+
+def initial_rows(seed: int, group: str, table: str, num_rows: int, dim: int, std: float) -> Iterator[tuple[int, np.ndarray]]:
+    """Blocks (first row, float32 values) of one table drawn from N(0, std^2).
+
+    A row depends on seed, group, table name and row number alone: neither on other tables nor on the table's size, so that a
+    shard of any world size, or a table with more rows, starts from the same values.
+    """
+    for first in range(0, num_rows, INIT_BLOCK_ROWS):
+        key = hashlib.sha256(f"{seed}\0{group}\0{table}\0{first}".encode()).digest()
+        draw = np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "little")))
+        rows = min(INIT_BLOCK_ROWS, num_rows - first)
+        yield first, draw.standard_normal((rows, dim), dtype=np.float32) * np.float32(std)
+
+
+class RowGradients:
+    """Gradients of one group's touched rows since the last `clear`, from any number of backward passes."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[Tensor, Tensor]] = []
+        self._is_merged = False
+
+    def add(self, row_N: Tensor, grad_ND: Tensor) -> None:
+        """Leave the gradient of each looked-up row; rows may repeat."""
+        self._parts.append((row_N, grad_ND))
+        self._is_merged = False
+
+    def clear(self) -> None:
+        self._parts.clear()
+        self._is_merged = False
+
+    def merged(self) -> tuple[Tensor, Tensor] | None:
+        """Distinct rows in rising order (K,) and the sum of each one's gradients (K, D), or None if no row was touched.
+
+        Duplicates are summed here and nowhere else, in an order that depends on the ids alone.
+        """
+        if not self._parts:
+            return None
+        if not self._is_merged:
+            row_N = torch.cat([row for row, _ in self._parts])
+            grad_ND = torch.cat([grad for _, grad in self._parts])
+            row_K, slot_N = torch.unique(row_N, return_inverse=True)
+            # The one segment sum that is deterministic on every device: index_add_ uses atomics on CUDA.
+            grad_KD = torch.ops.aten.embedding_dense_backward(grad_ND, slot_N, row_K.numel(), -1, False)
+            self._parts = [(row_K, grad_KD)]
+            self._is_merged = True
+        return self._parts[0]
+
+    def scale_(self, factor: float | Tensor) -> None:
+        """Multiply the merged gradients, as clipping by norm does."""
+        merged = self.merged()
+        if merged is not None:
+            merged[1].mul_(factor)
+
+
+class _GatherRows(torch.autograd.Function):
+    """storage_VD[row_N], whose backward leaves the gradient in `sink` instead of a tensor of the storage's size."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, storage_VD: Tensor, row_N: Tensor, sink: RowGradients) -> Tensor:
+        ctx.save_for_backward(row_N)
+        ctx.sink = sink
+        return functional.embedding(row_N, storage_VD)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[None, None, None, None]:
+        ctx.sink.add(ctx.saved_tensors[0], grad_ND)
+        return None, None, None, None
+
+
+class TableGroup(nn.Module):
+    """All tables at one embedding dim, in one storage of `layout.total_rows` rows.
+
+    `state_dict` holds one tensor per table, under the table's name, so that it does not depend on the order of the tables.
+    """
+
+    def __init__(self, name: str, layout: TableLayout, dim: int, *, sparse: bool, init_std: float, seed: int) -> None:
+        super().__init__()
+        self.name = name
+        self.layout = layout
+        self.dim = dim
+        self.sparse = sparse
+        self.storage = nn.Parameter(torch.empty(layout.total_rows, dim), requires_grad=not sparse)
+        self.gradients = RowGradients()
+        with torch.no_grad():
+            for table, rows in layout.items():
+                for first, block in initial_rows(seed, name, table, rows.stop - rows.start, dim, init_std):
+                    self.storage[rows.start + first : rows.start + first + len(block)] = torch.tensor(block)
+
+    def rows(self, row_N: Tensor) -> Tensor:
+        """Values (N, D) of rows of the merged storage, differentiable in the way of the group's mode."""
+        if self.sparse and torch.is_grad_enabled():
+            anchor = torch.empty(0, requires_grad=True)  # autograd records only what depends on a leaf
+            return cast("Tensor", _GatherRows.apply(anchor, self.storage, row_N, self.gradients))  # type: ignore[no-untyped-call]
+        return functional.embedding(row_N, self.storage)
+
+    def table(self, name: str) -> Tensor:
+        """View (num_rows, D) of one table."""
+        return self.storage.detach()[self.layout.rows_of(name)]
+
+    def extra_repr(self) -> str:
+        mode = "sparse" if self.sparse else "dense"
+        return f"{self.name}: {len(self.layout.names)} tables, {self.layout.total_rows} rows x {self.dim}, {mode}"
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        storage = self.storage if keep_vars else self.storage.detach()
+        for table, rows in self.layout.items():
+            destination[prefix + table] = storage[rows]
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        for table, rows in self.layout.items():
+            key = prefix + table
+            if key not in state_dict:
+                missing_keys.append(key)
+                continue
+            value, shape = state_dict[key], (rows.stop - rows.start, self.dim)
+            if tuple(value.shape) != shape:
+                error_msgs.append(f"table {key}: shape {tuple(value.shape)} in the state, {shape} in the model")
+                continue
+            with torch.no_grad():
+                self.storage[rows].copy_(value)
+        if strict:
+            known = {prefix + table for table in self.layout.names}
+            unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key not in known)

@@ -1,0 +1,43 @@
+"""Attention of a target over a history.
+
+Shape legend: B scored rows, L sequence length, D embedding dim, H width of a layer.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from ninerank.towers.blocks.mlp import Dice, activation, linear
+from ninerank.towers.config import Activation
+
+__all__ = ["TargetAttention"]
+
+
+class TargetAttention(nn.Module):
+    """sum_j a(k_j, q) k_j over the history k_1 ... k_L of target q, with a = MLP([q, k_j, q - k_j, q * k_j]), one number.
+
+    Zhou et al., Deep Interest Network, KDD 2018, equation 3: the weights are not normalised, so that their sum says how strong
+    the interest is; `softmax` normalises them over the history. An empty history gives zeros; places outside the mask have no
+    influence. query (B, D), keys (B, L, D), mask bool (B, L) -> (B, D).
+    """
+
+    def __init__(self, dim: int, hidden: Sequence[int], act: Activation, *, softmax: bool = False) -> None:
+        super().__init__()
+        self.softmax = softmax
+        widths = [4 * dim, *hidden]
+        self.linears = nn.ModuleList(linear(a, b) for a, b in pairwise(widths))
+        self.activations = nn.ModuleList(activation(act, width) for width in hidden)
+        self.out = linear(widths[-1], 1)
+
+    def forward(self, query_BD: Tensor, keys_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+        query_BLD = query_BD.unsqueeze(1).expand_as(keys_BLD)
+        x_BLH = torch.cat([query_BLD, keys_BLD, query_BLD - keys_BLD, query_BLD * keys_BLD], dim=2)
+        for layer, act in zip(self.linears, self.activations, strict=True):
+            x_BLH = act(layer(x_BLH), mask_BL) if isinstance(act, Dice) else act(layer(x_BLH))
+        score_BL = self.out(x_BLH).squeeze(2)
+        if self.softmax:
+            score_BL = torch.softmax(score_BL.masked_fill(~mask_BL, torch.finfo(score_BL.dtype).min), dim=1)
+        weight_BL = score_BL.masked_fill(~mask_BL, 0.0)
+        return torch.bmm(weight_BL.unsqueeze(1), keys_BLD).squeeze(1)

@@ -1,0 +1,78 @@
+"""Explicit feature interactions.
+
+Shape legend: B scored rows, F fields, D embedding dim, P field pairs F (F - 1) / 2, I width of a flat input, R rank.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ninerank.towers.blocks.mlp import linear
+
+__all__ = ["CrossLayer", "CrossNet", "DotInteraction", "FMInteraction"]
+
+
+class FMInteraction(nn.Module):
+    """sum_{f < g} <v_f, v_g> = 1/2 sum_d ((sum_f v_fd)^2 - sum_f v_fd^2), shape (B, 1), in O(F D).
+
+    Rendle, Factorization Machines, ICDM 2010, lemma 3.1.
+
+    >>> FMInteraction()(torch.tensor([[[1.0, 2.0], [3.0, 1.0]]])).tolist()
+    [[5.0]]
+    """
+
+    def forward(self, fields_BFD: Tensor) -> Tensor:
+        square_of_sum_BD = fields_BFD.sum(1).square()
+        sum_of_square_BD = fields_BFD.square().sum(1)
+        return 0.5 * (square_of_sum_BD - sum_of_square_BD).sum(1, keepdim=True)
+
+
+class DotInteraction(nn.Module):
+    """<v_f, v_g> of every pair f > g, shape (B, P), pairs in the order (1,0), (2,0), (2,1), ...
+
+    Naumov et al., Deep Learning Recommendation Model for Personalization and Recommendation Systems, 2019.
+    """
+
+    place_P: Tensor
+
+    def __init__(self, num_fields: int) -> None:
+        super().__init__()
+        self.num_pairs = num_fields * (num_fields - 1) // 2
+        row_P, column_P = torch.tril_indices(num_fields, num_fields, offset=-1)
+        self.register_buffer("place_P", row_P * num_fields + column_P, persistent=False)
+
+    def forward(self, fields_BFD: Tensor) -> Tensor:
+        gram_BFF = torch.bmm(fields_BFD, fields_BFD.transpose(1, 2))
+        return gram_BFF.flatten(1).index_select(1, self.place_P)
+
+
+class CrossLayer(nn.Module):
+    """x_{l+1} = x_0 * (W x_l + b) + x_l, elementwise product; W = U V^T with U, V of shape (I, R) where `low_rank` is given.
+
+    Wang et al., DCN V2, WWW 2021, equations 1 and 2.
+    """
+
+    def __init__(self, width: int, low_rank: int | None = None) -> None:
+        super().__init__()
+        self.weight: nn.Module
+        if low_rank is None:
+            self.weight = linear(width, width)
+        else:
+            self.weight = nn.Sequential(linear(width, low_rank, bias=False), linear(low_rank, width))
+
+    def forward(self, x0_BI: Tensor, x_BI: Tensor) -> Tensor:
+        out: Tensor = x0_BI * self.weight(x_BI) + x_BI
+        return out
+
+
+class CrossNet(nn.Module):
+    """A stack of cross layers: polynomials up to degree `num_layers` + 1 of the input."""
+
+    def __init__(self, width: int, num_layers: int, low_rank: int | None = None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(CrossLayer(width, low_rank) for _ in range(num_layers))
+
+    def forward(self, x0_BI: Tensor) -> Tensor:
+        x_BI = x0_BI
+        for layer in self.layers:
+            x_BI = layer(x0_BI, x_BI)
+        return x_BI

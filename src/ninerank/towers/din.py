@@ -1,0 +1,51 @@
+"""Deep interest network: each history is summed with weights that depend on the candidate.
+
+    logit = MLP([e_1, ..., e_F, x, u_1, ..., u_S])          u_s = sum_j a(k_j, q_s) k_j
+
+k_j are the ids of sequence s, q_s the embedding of the field it is a history of, and a the attention unit of
+`blocks.attention.TargetAttention`. Zhou et al., Deep Interest Network for Click-Through Rate Prediction, KDD 2018.
+With `attention: mean` u_s is the plain mean of the history: the ablation that shows what the attention brings. All other parameters
+are the same, and for one seed start from the same values.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ninerank.errors import SpecError
+from ninerank.towers.blocks.attention import TargetAttention
+from ninerank.towers.blocks.fields import FlatInput, masked_mean
+from ninerank.towers.blocks.mlp import MLP
+from ninerank.towers.config import DINConfig
+from ninerank.towers.model import TowerShape
+
+__all__ = ["DIN"]
+
+
+class DIN(nn.Module):
+    def __init__(self, config: DINConfig, shape: TowerShape) -> None:
+        super().__init__()
+        if not shape.sequences:
+            raise SpecError("model din: the spec has no sequence feature for it to attend to; add one (kind: sequence) or take dnn")
+        dim = config.embedding_dim
+        self.sequences = shape.sequences
+        self.flat = FlatInput(shape, dim, sequences=False)
+        self.mlp = MLP(self.flat.width + len(shape.sequences) * dim, config.mlp, shape.num_tasks)
+        # Built last, so that the ablation draws the same start values for all else.
+        self.attention = None
+        if config.attention == "target":
+            unit = partial(TargetAttention, dim, config.attention_hidden, config.attention_activation, softmax=config.softmax)
+            self.attention = nn.ModuleList(unit() for _ in shape.sequences)
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        parts = [self.flat(inputs)]
+        for i, sequence in enumerate(self.sequences):
+            keys_BLD, mask_BL = inputs[f"deep.seq.{sequence.name}"], inputs[f"mask.{sequence.name}"]
+            if self.attention is None:
+                parts.append(masked_mean(keys_BLD, mask_BL))
+            else:
+                parts.append(self.attention[i](inputs["deep"][:, sequence.target], keys_BLD, mask_BL))
+        logits_BT: Tensor = self.mlp(torch.cat(parts, dim=1))
+        return logits_BT

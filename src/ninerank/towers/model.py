@@ -1,0 +1,52 @@
+"""What a tower gets to see of a spec, and the model: lookup, then tower.
+
+Shape legend: B scored rows, T tasks.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ninerank.embedding.collection import EmbeddingCollection, pooled_keys
+from ninerank.features.batch import Batch
+from ninerank.features.spec import FeatureSpec, SequenceFeature
+
+__all__ = ["RankingModel", "SequenceShape", "TowerShape"]
+
+
+@dataclass(frozen=True)
+class SequenceShape:
+    """One sequence input; `target` is the place of the field it is a history `of` among the pooled fields."""
+
+    name: str
+    target: int
+
+
+@dataclass(frozen=True)
+class TowerShape:
+    """Sizes of a tower's inputs: pooled fields, dense numbers, sequences, and the number of logits."""
+
+    num_fields: int
+    num_dense: int
+    sequences: tuple[SequenceShape, ...]
+    num_tasks: int
+
+    @classmethod
+    def of(cls, spec: FeatureSpec) -> "TowerShape":
+        pooled = pooled_keys(spec)
+        sequences = tuple(SequenceShape(f.name, pooled.index(f.of)) for f in spec.features if isinstance(f, SequenceFeature))
+        num_dense = len(spec.dense_keys("request")) + len(spec.dense_keys("item"))
+        return cls(len(pooled), num_dense, sequences, len(spec.labels))
+
+
+class RankingModel(nn.Module):
+    """logits_BT = tower(embedding(batch))."""
+
+    def __init__(self, embedding: EmbeddingCollection, tower: nn.Module) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.tower = tower
+
+    def forward(self, batch: Batch) -> Tensor:
+        logits_BT: Tensor = self.tower(self.embedding(batch))
+        return logits_BT
