@@ -2,6 +2,9 @@
 
 The .proto files keep the layout that protobuf tools of other languages expect (`ninerank/v1/predictor.proto`); the
 Python code is moved to `ninerank.proto.v1`, so that `ninerank` stays the only top-level import name.
+
+Generated code asks for runtimes at least as new as the grpcio-tools that wrote it, so the committed files are written
+with the oldest release that the `serve` extra allows: `pip install grpcio-tools==1.80.0` in an environment of its own.
 """
 
 import argparse

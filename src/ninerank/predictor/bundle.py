@@ -1,0 +1,253 @@
+"""What is served: a directory of files with checksums, a spec digest and golden scores.
+
+    manifest.json          model, version, SHA-256 and size of every other file, versions of what made it
+    spec.json              the feature spec with its fitted state
+    graph.json             the dense graph (see graph.py)
+    weights.safetensors    the graph's weights
+    tables/<group>.safetensors   the merged embedding tables of one group, mapped into memory when loaded
+    golden.parquet         rows with the scores that the trained model gave them
+
+It is written to a temporary name beside its place, synced, tried out, and renamed. Nothing in it is ever unpickled.
+
+Shape legend: B rows, T tasks, V rows of a merged table, D embedding dim.
+"""
+
+import os
+import platform
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ninerank import __version__
+from ninerank.errors import BundleError, SpecError
+from ninerank.features.spec import FeatureSpec, Side
+from ninerank.features.transform import Transform
+from ninerank.predictor.graph import DenseGraph, export_graph
+from ninerank.predictor.manifest import MANIFEST, FileEntry, Manifest, hash_file
+from ninerank.predictor.request import RequestSchema
+from ninerank.towers.model import RankingModel
+
+__all__ = ["Bundle", "Golden", "export_bundle"]
+
+GOLDEN_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-3}
+SPEC, GRAPH, WEIGHTS, GOLDEN, TABLES = "spec.json", "graph.json", "weights.safetensors", "golden.parquet", "tables"
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Rows in the columns of the request schema, and scores_BT that the trained model gave them."""
+
+    rows: pa.RecordBatch
+    scores_BT: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose checksums and digest hold; its golden scores are checked by the engine that will serve it.
+
+    tables: float32 (V, D) of each group, mapped from the file.
+    """
+
+    directory: Path
+    manifest: Manifest
+    spec: FeatureSpec
+    graph: DenseGraph
+    tables: dict[str, Tensor]
+    golden: Golden
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "Bundle":
+        """Read and verify a bundle.
+
+        Raises BundleError, naming the file, for one that is missing, unknown, of another size or checksum, or unreadable, and for a
+        spec whose digest is not the manifest's.
+        """
+        root = Path(directory)
+        if not root.is_dir():
+            raise BundleError(f"{root}: is no directory; a bundle is the directory that `ninerank export` writes")
+        manifest = Manifest.read(root)
+        manifest.verify(root)
+        try:
+            spec = FeatureSpec.load(root / SPEC)
+        except SpecError as error:
+            raise BundleError(str(error)) from None
+        if spec.digest != manifest.spec_digest:
+            raise BundleError(f"{root / SPEC}: has digest {spec.digest}, the bundle was made for {manifest.spec_digest}")
+        with _naming(root / GRAPH):
+            text = (root / GRAPH).read_text(encoding="utf-8")
+        tables = {}
+        for group in manifest.groups:
+            file = root / TABLES / f"{group}.safetensors"
+            loaded = _read_tensors(file)
+            if loaded.keys() != {"rows"}:
+                raise BundleError(f"{file}: holds {sorted(loaded)}, exactly 'rows' is needed")
+            tables[group] = loaded["rows"]
+        golden = _read_golden(root / GOLDEN, spec)
+        return cls(root, manifest, spec, DenseGraph(text, _read_tensors(root / WEIGHTS)), tables, golden)
+
+
+def export_bundle(
+    model: RankingModel,
+    spec: FeatureSpec,
+    golden: pa.RecordBatch,
+    out_dir: str | Path,
+    *,
+    model_name: str,
+    version: str,
+    progress: Callable[[str], None] | None = None,
+) -> Manifest:
+    """Write `model` as a bundle to `out_dir`, which must not exist yet, and return its manifest.
+
+    golden: rows with the spec's columns (labels and others are left out); their scores under `model` go into the bundle, and the
+    finished bundle is loaded and must give them again before it gets its name. progress: called with what is being done.
+    Raises BundleError where that fails, where `out_dir` exists, or where the tower cannot be exported.
+    """
+    from ninerank.predictor.engine import Engine  # the engine reads bundles, this is the one place that looks the other way
+
+    say = progress or (lambda _: None)
+    was_training = model.training
+    model.eval()
+    try:
+        with _new_directory(Path(out_dir)) as directory:
+            say("scoring golden rows")
+            rows = _golden_rows(spec, golden)
+            groups = dict(model.embedding.named_groups())
+            batch = Transform(spec).batch(rows).to(next(iter(groups.values())).storage.device)
+            with torch.inference_mode():
+                inputs = model.embedding(batch)
+                scores_BT = torch.sigmoid(model.tower(inputs)).to(torch.float32).cpu().numpy()
+            say("capturing the dense graph")
+            graph = export_graph(model.tower, {key: value.cpu() for key, value in inputs.items()})
+            say("writing tables")
+            spec.save(directory / SPEC)
+            (directory / GRAPH).write_text(graph.text, encoding="utf-8")
+            save_file(graph.weights, directory / WEIGHTS)
+            (directory / TABLES).mkdir()
+            for name, group in groups.items():
+                save_file({"rows": group.storage.detach().to("cpu", torch.float32)}, directory / TABLES / f"{name}.safetensors")
+            _write_golden(directory / GOLDEN, rows, scores_BT)
+            manifest = Manifest(
+                model_name=model_name,
+                model_version=version,
+                created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                spec_digest=spec.digest,
+                tasks=spec.labels,
+                groups={name: group.dim for name, group in groups.items()},
+                sequence_length=model.embedding.config.sequence_length,
+                golden_tolerance=GOLDEN_TOLERANCE["float32"],
+                versions=_versions(),
+                files=_sync_all(directory),
+            )
+            manifest.write(directory)
+            _sync(directory / MANIFEST)
+            say("checking the finished bundle")
+            Engine.load(directory, device="cpu")
+    finally:
+        model.train(was_training)
+    return manifest
+
+
+def _golden_rows(spec: FeatureSpec, rows: pa.RecordBatch) -> pa.RecordBatch:
+    """The spec's columns, in the types that requests have, so that the file holds what the model saw."""
+    if rows.num_rows == 0:
+        raise BundleError("a bundle needs at least one golden row")
+    schema = RequestSchema.of(spec)
+    given = dict(zip(rows.schema.names, rows.columns, strict=True))
+    columns: dict[str, pa.Array] = {}
+    sides: tuple[Side, ...] = ("request", "item")
+    for side in sides:
+        own = {name: array for name, array in given.items() if name in schema.side(side).names}
+        batch, missing = schema.conform(side, own, rows.num_rows)
+        if missing:
+            raise BundleError(f"golden rows lack the columns {', '.join(missing)} of the spec")
+        columns |= dict(zip(batch.schema.names, batch.columns, strict=True))
+    return pa.RecordBatch.from_pydict(columns)
+
+
+def _write_golden(file: Path, rows: pa.RecordBatch, scores_BT: npt.NDArray[np.float32]) -> None:
+    scores = pa.FixedSizeListArray.from_arrays(pa.array(scores_BT.reshape(-1)), scores_BT.shape[1])
+    features = pa.StructArray.from_arrays(rows.columns, fields=list(rows.schema))
+    pq.write_table(pa.table({"features": features, "scores": scores}), file)
+
+
+def _read_golden(file: Path, spec: FeatureSpec) -> Golden:
+    with _naming(file):
+        (batch,) = pq.read_table(file, columns=["features", "scores"]).combine_chunks().to_batches()
+        features = batch.column("features")
+        rows = pa.RecordBatch.from_arrays(features.flatten(), names=[field.name for field in features.type])
+        scores_BT = batch.column("scores").flatten().to_numpy().reshape(len(features), -1)
+    if scores_BT.shape[1] != len(spec.labels):
+        raise BundleError(f"{file}: holds scores of {scores_BT.shape[1]} tasks, the spec has {len(spec.labels)}")
+    return Golden(rows, scores_BT)
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    """Tensors that share the file's mapping into memory: read when touched, copied when written to."""
+    with _naming(file), safe_open(file, framework="pt") as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Turn whatever a reader of `file` raises into a BundleError that names it."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:  # Arrow's errors are ValueErrors
+        raise BundleError(f"{file}: cannot be read ({type(error).__name__}: {error})") from None
+
+
+@contextmanager
+def _new_directory(out: Path) -> Iterator[Path]:
+    """A temporary directory beside `out` that takes its name once the block is through, and is removed if it fails."""
+    if out.exists():
+        raise BundleError(f"{out}: exists already; a bundle is never overwritten, choose another place")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for directory in (temporary, *(path for path in temporary.rglob("*") if path.is_dir())):
+            _sync(directory)
+        try:
+            temporary.rename(out)
+        except OSError as error:
+            raise BundleError(f"{out}: cannot be put in place ({error.strerror})") from None
+        _sync(out.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync_all(directory: Path) -> dict[str, FileEntry]:
+    files: dict[str, FileEntry] = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_file():
+            _sync(path)
+            files[path.relative_to(directory).as_posix()] = hash_file(path)
+    return files
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _versions() -> dict[str, str]:
+    modules: tuple[Any, ...] = (torch, np, pa)
+    return {"ninerank": __version__, "python": platform.python_version(), **{m.__name__: str(m.__version__) for m in modules}}

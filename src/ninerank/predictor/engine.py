@@ -1,0 +1,136 @@
+"""The engine: a bundle in memory that turns requests into scores.
+
+    RankInput -> transform (the user's row once) -> lookup (the user's rows once) -> dense graph -> sigmoid -> scores
+
+Shape legend: B rows, N candidates, T tasks.
+"""
+
+import logging
+import time
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+from ninerank.device import Device
+from ninerank.embedding.collection import EmbeddingCollection, EmbeddingConfig
+from ninerank.embedding.table import RowGradients, TableGroup, TableLayout
+from ninerank.errors import BundleError, DataError, RequestError, SpecError
+from ninerank.features.batch import Batch
+from ninerank.features.transform import Transform
+from ninerank.predictor.bundle import Bundle
+from ninerank.predictor.graph import build_graph
+from ninerank.predictor.request import RankInput, RankOutput, RequestSchema, StageTimes
+
+__all__ = ["Engine"]
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Scores requests with one bundle on one device; every method may be called from any number of threads at once.
+
+    A score does not depend on the other candidates of the request beyond rounding (float32: below 1e-6).
+    """
+
+    def __init__(self, bundle: Bundle, device: Device) -> None:
+        self.manifest = bundle.manifest
+        self.spec = bundle.spec
+        self.schema = RequestSchema.of(bundle.spec)
+        self.device = device
+        self._transform = Transform(bundle.spec)
+        self._embedding = _collection(bundle, device)
+        self._graph = build_graph(bundle.graph, device.torch_device)
+        self._inputs = bundle.graph.inputs
+
+    @classmethod
+    def load(cls, bundle_dir: str | Path, device: str = "auto") -> "Engine":
+        """Engine for the bundle in `bundle_dir` on `device` (`auto`, `cpu`, `cuda[:i]`, `npu[:i]`), warm and checked.
+
+        Raises BundleError for a bundle that does not verify or does not give its golden scores here, DeviceError for a device
+        that cannot run.
+        """
+        bundle = Bundle.load(bundle_dir)
+        engine = cls(bundle, Device.resolve(device))
+        engine.check_golden(bundle)
+        return engine
+
+    def rank(self, rank_input: RankInput, top_k: int = 0) -> RankOutput:
+        """Score and order the candidates; `top_k` (0: all) bounds the order alone. Raises RequestError for bad values."""
+        start = time.perf_counter_ns()
+        try:
+            batch = self._transform.request(rank_input.user, rank_input.items)
+        except DataError as error:
+            raise RequestError(str(error)) from None
+        scores_NT, times = self._scores(batch, start)
+        order = np.argsort(-scores_NT[:, 0], kind="stable")
+        return RankOutput(scores_NT, order[:top_k] if top_k else order, times)
+
+    def score(self, rows: pa.RecordBatch) -> npt.NDArray[np.float32]:
+        """scores_BT of rows that hold user and item columns side by side, as a training log does. Raises DataError."""
+        return self._scores(self._transform.batch(rows), time.perf_counter_ns())[0]
+
+    def check_golden(self, bundle: Bundle) -> None:
+        """Raise BundleError unless the golden rows get their scores, both as rows and as a request; this also warms the engine."""
+        golden, tolerance = bundle.golden, self.manifest.golden_tolerance
+        try:
+            self._compare(self.score(golden.rows), golden.scores_BT, tolerance, "golden scores")
+            # The first user with every candidate, against the same as joined rows: the way of a rank call.
+            request = RankInput(golden.rows.select(self.schema.request.names).slice(0, 1), golden.rows.select(self.schema.item.names))
+            ranked = self.rank(request)
+            self._compare(ranked.scores_NT, self.score(self.schema.joined(request)), tolerance, "scores of a request and of the same rows")
+        except (DataError, RequestError, KeyError, RuntimeError) as error:
+            raise BundleError(f"bundle {bundle.directory}: its golden rows cannot be scored ({type(error).__name__}: {error})") from error
+
+    def _compare(self, scores_BT: npt.NDArray[np.float32], wanted_BT: npt.NDArray[np.float32], tolerance: float, what: str) -> None:
+        if scores_BT.shape != wanted_BT.shape:
+            raise BundleError(f"{what} differ in shape: {scores_BT.shape} here, {wanted_BT.shape} wanted")
+        difference = float(np.abs(scores_BT - wanted_BT).max())
+        if not difference <= tolerance:
+            raise BundleError(
+                f"{what} of {self.manifest.model_name} {self.manifest.model_version} differ by {difference:.3g} on {self.device.name}, "
+                f"at most {tolerance:g} is allowed; the bundle is not served"
+            )
+        log.info("%s: largest difference %.3g of %g allowed", what, difference, tolerance)
+
+    def _scores(self, batch: Batch, start_ns: int) -> tuple[npt.NDArray[np.float32], StageTimes]:
+        transformed = time.perf_counter_ns()
+        with torch.inference_mode():
+            inputs = self._embedding(batch.to(self.device.torch_device))
+            looked_up = time.perf_counter_ns()
+            logits_BT = self._graph(*[inputs[key] for key in self._inputs])
+            scores_BT = torch.sigmoid(logits_BT.to(torch.float32)).cpu().numpy()
+        done = time.perf_counter_ns()
+        times = StageTimes((transformed - start_ns) // 1000, (looked_up - transformed) // 1000, (done - looked_up) // 1000)
+        return scores_BT, times
+
+
+class _ServedTables(TableGroup):
+    """Tables of one group whose rows are given: no start values, no gradients."""
+
+    def __init__(self, name: str, layout: TableLayout, rows_VD: Tensor) -> None:
+        nn.Module.__init__(self)
+        self.name, self.layout, self.dim, self.sparse = name, layout, rows_VD.shape[1], True
+        self.storage = nn.Parameter(rows_VD, requires_grad=False)
+        self.gradients = RowGradients()
+
+
+def _collection(bundle: Bundle, device: Device) -> EmbeddingCollection:
+    """The lookup over the bundle's tables; on the CPU these stay mapped from their files."""
+    manifest = bundle.manifest
+    try:
+        config = EmbeddingConfig.parse({"mode": "sparse", "sequence_length": manifest.sequence_length}, "embedding")
+        collection = EmbeddingCollection(bundle.spec, {}, config, seed=0)
+    except SpecError as error:
+        raise BundleError(f"bundle {bundle.directory}: {error}") from None
+    for name, dim in manifest.groups.items():
+        rows_VD, wanted = bundle.tables[name], (collection.layout.total_rows, dim)
+        if tuple(rows_VD.shape) != wanted or rows_VD.dtype != torch.float32:
+            raise BundleError(
+                f"bundle {bundle.directory}: tables of {name!r} are {rows_VD.dtype} {tuple(rows_VD.shape)}, float32 {wanted} is needed"
+            )
+        collection.groups[name] = _ServedTables(name, collection.layout, rows_VD)
+    return collection.to(device.torch_device).eval()

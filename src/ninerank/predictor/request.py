@@ -1,0 +1,131 @@
+"""A rank request in process: the user's row, the candidates' rows, and what is checked before a model sees them.
+
+Shape legend: N candidates, T tasks.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from ninerank.errors import DataError, RequestError, nearest
+from ninerank.features.columns import arrow_schema, conform
+from ninerank.features.spec import FeatureSpec, Side
+
+__all__ = ["MAX_CANDIDATES", "RankInput", "RankOutput", "RequestSchema", "StageTimes", "check_num_candidates", "named"]
+
+MAX_CANDIDATES = 10_000
+
+
+@dataclass(frozen=True)
+class RankInput:
+    """One user and the candidates to rank, as the spec's columns.
+
+    user: one row of the request-level columns. items: N rows of the item columns. A missing value takes the feature's default.
+    """
+
+    user: pa.RecordBatch
+    items: pa.RecordBatch
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """Microseconds: raw values to ids, embedding rows, dense graph."""
+
+    transform_us: int
+    lookup_us: int
+    compute_us: int
+
+
+@dataclass(frozen=True)
+class RankOutput:
+    """scores_NT: float32 probabilities. order: candidate indices by the first task's score, best first, ties by index."""
+
+    scores_NT: npt.NDArray[np.float32]
+    order: npt.NDArray[np.int64]
+    times: StageTimes
+
+
+@dataclass(frozen=True)
+class RequestSchema:
+    """The columns that a spec reads, with the one Arrow type each has in a request, a log and a golden file."""
+
+    request: pa.Schema
+    item: pa.Schema
+
+    @classmethod
+    def of(cls, spec: FeatureSpec) -> "RequestSchema":
+        """Schema of `spec`: ids are string or int64, numbers float64, bags and sequences lists."""
+        return cls(arrow_schema(spec, "request"), arrow_schema(spec, "item"))
+
+    def side(self, side: Side) -> pa.Schema:
+        """Columns of one side."""
+        return self.request if side == "request" else self.item
+
+    def conform(self, side: Side, columns: Mapping[str, pa.Array], num_rows: int) -> tuple[pa.RecordBatch, tuple[str, ...]]:
+        """The side's columns in the schema's order and types, and the names of those that were left out.
+
+        Raises RequestError for a column that the spec does not read on this side, or of another length or type.
+        """
+        schema = self.side(side)
+        arrays, missing = [], []
+        for name, dtype in zip(schema.names, schema.types, strict=True):
+            array = columns.get(name)
+            if array is None:
+                missing.append(name)
+                array = pa.nulls(num_rows, dtype)
+            elif len(array) != num_rows:
+                raise RequestError(f"feature {name!r} has {len(array)} rows, {num_rows} are needed")
+            elif array.type != dtype:
+                array = _cast(name, array, dtype)
+            arrays.append(array)
+        if len(arrays) - len(missing) != len(columns):
+            self._refuse_unknown(side, columns)
+        return pa.RecordBatch.from_arrays(arrays, schema=schema), tuple(missing)
+
+    def rank_input(self, user: pa.RecordBatch, items: pa.RecordBatch, max_candidates: int = MAX_CANDIDATES) -> RankInput:
+        """RankInput of columns in any order; those left out take the feature's default. Raises RequestError."""
+        check_num_candidates(items.num_rows, max_candidates)
+        if user.num_rows != 1:
+            raise RequestError(f"a request has one user row, this one has {user.num_rows}")
+        return RankInput(self.conform("request", named(user), 1)[0], self.conform("item", named(items), items.num_rows)[0])
+
+    def joined(self, rank_input: RankInput) -> pa.RecordBatch:
+        """N rows as a training log has them: the user's columns repeated beside the candidates'."""
+        zeros = pa.array(np.zeros(rank_input.items.num_rows, np.int64))
+        return pa.RecordBatch.from_pydict(named(rank_input.user.take(zeros)) | named(rank_input.items))
+
+    def _refuse_unknown(self, side: Side, columns: Mapping[str, pa.Array]) -> None:
+        other: Side = "item" if side == "request" else "request"
+        for name in columns:
+            if name in self.side(side).names:
+                continue
+            if name in self.side(other).names:
+                kind = "an item" if other == "item" else "a user or context"
+                raise RequestError(f"feature {name!r} is {kind} feature, send it on that side")
+            raise RequestError(f"unknown {'item' if side == 'item' else 'user'} feature {name!r}; {nearest(name, self.side(side).names)}")
+
+
+def check_num_candidates(count: int, limit: int) -> None:
+    """Raise RequestError unless 1 <= count <= limit."""
+    if not 1 <= count <= limit:
+        raise RequestError(f"a request needs 1 to {limit} candidates, this one has {count}")
+
+
+def named(batch: pa.RecordBatch) -> dict[str, pa.Array]:
+    """Columns by name; raises RequestError for a name that is there twice."""
+    columns = dict(zip(batch.schema.names, batch.columns, strict=True))
+    if len(columns) != batch.num_columns:
+        twice = next(name for name in columns if batch.schema.names.count(name) > 1)
+        raise RequestError(f"feature {twice!r} is sent twice")
+    return columns
+
+
+def _cast(name: str, array: pa.Array, dtype: pa.DataType) -> pa.Array:
+    try:
+        # A column without a single value comes without a type that anybody could tell.
+        return pa.nulls(len(array), dtype) if array.null_count == len(array) else conform(array, dtype, name)
+    except (DataError, pa.ArrowInvalid) as error:
+        raise RequestError(str(error)) from None

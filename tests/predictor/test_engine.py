@@ -1,0 +1,133 @@
+"""The engine gives the training model's scores, for rows and for requests alike."""
+
+import dataclasses
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from ninerank.device import Device
+from ninerank.errors import BundleError, DataError, RequestError
+from ninerank.features.spec import FeatureSpec
+from ninerank.features.transform import Transform
+from ninerank.predictor.bundle import Bundle, Golden
+from ninerank.predictor.engine import Engine
+from ninerank.predictor.request import RankInput
+from ninerank.towers.model import RankingModel
+
+Rows = Callable[..., pa.RecordBatch]
+
+
+@pytest.fixture(scope="module")
+def engine(bundle_dir: Path) -> Engine:
+    return Engine.load(bundle_dir, device="cpu")
+
+
+def request_of(engine: Engine, rows: pa.RecordBatch, user_row: int = 0) -> RankInput:
+    user = rows.select(engine.schema.request.names).slice(user_row, 1)
+    return engine.schema.rank_input(user, rows.select(engine.schema.item.names))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 100])
+def test_rows_get_the_training_models_scores(engine: Engine, model: RankingModel, spec: FeatureSpec, log_rows: Rows, count: int) -> None:
+    rows = log_rows(count, seed=count)
+    with torch.inference_mode():
+        wanted = torch.sigmoid(model(Transform(spec).batch(rows))).numpy()
+    assert np.abs(engine.score(rows) - wanted).max() <= 1e-6
+
+
+@pytest.mark.parametrize("count", [1, 2, 257])
+def test_a_request_gets_the_scores_of_its_joined_rows(engine: Engine, log_rows: Rows, count: int) -> None:
+    request = request_of(engine, log_rows(count, seed=5), user_row=count - 1)
+    output = engine.rank(request)
+    assert output.scores_NT.dtype == np.float32
+    assert np.abs(output.scores_NT - engine.score(engine.schema.joined(request))).max() <= 1e-6
+
+
+def test_a_score_does_not_depend_on_the_other_candidates(engine: Engine, log_rows: Rows) -> None:
+    rows = log_rows(40, seed=6)
+    together = engine.rank(request_of(engine, rows)).scores_NT
+    user = rows.select(engine.schema.request.names).slice(0, 1)
+    for n in (0, 7, 39):
+        alone = engine.rank(engine.schema.rank_input(user, rows.select(engine.schema.item.names).slice(n, 1))).scores_NT
+        assert np.abs(alone[0] - together[n]).max() <= 1e-6
+
+
+def test_order_is_best_first_with_ties_by_index(engine: Engine, log_rows: Rows) -> None:
+    rows = log_rows(20, seed=7)
+    doubled = pa.Table.from_batches([rows, rows]).combine_chunks().to_batches()[0]
+    output = engine.rank(request_of(engine, doubled))
+    score = output.scores_NT[:, 0]
+    assert sorted(output.order) == list(range(40))
+    pairs = list(zip(output.order, output.order[1:], strict=False))
+    assert all(score[a] > score[b] or (score[a] == score[b] and a < b) for a, b in pairs)
+    assert any(score[a] == score[b] for a, b in pairs)
+    assert engine.rank(request_of(engine, doubled), top_k=3).order.tolist() == output.order[:3].tolist()
+
+
+def test_left_out_columns_take_the_features_default(engine: Engine, log_rows: Rows) -> None:
+    rows = log_rows(3, seed=8)
+    user, items = rows.select(["user_id"]).slice(0, 1), rows.select(["item_id", "price"])
+    paris = items.append_column("city", pa.array(["paris"] * 3))
+    scores = [engine.rank(engine.schema.rank_input(user, given)).scores_NT for given in (items, paris)]
+    assert np.array_equal(*scores)
+
+
+def test_numbers_that_are_not_finite_are_refused(engine: Engine) -> None:
+    user = pa.record_batch({"user_id": ["u1"]})
+    with pytest.raises(RequestError, match=r"'price', row 1: nan"):
+        engine.rank(engine.schema.rank_input(user, pa.record_batch({"price": [1.0, float("nan")]})))
+    with pytest.raises(RequestError, match=r"'age', row 0: inf"):
+        engine.rank(engine.schema.rank_input(pa.record_batch({"age": [float("inf")]}), pa.record_batch({"price": [1.0]})))
+
+
+def test_rows_without_a_column_are_refused(engine: Engine, log_rows: Rows) -> None:
+    with pytest.raises(DataError, match="'city' is missing"):
+        engine.score(log_rows(2).drop_columns(["city"]))
+
+
+def test_threads_get_the_same_scores(engine: Engine, log_rows: Rows) -> None:
+    requests = [request_of(engine, log_rows(30 + n, seed=n)) for n in range(8)]
+    wanted = [engine.rank(request).scores_NT for request in requests]
+    wrong: list[int] = []
+
+    def work(offset: int) -> None:
+        for step in range(30):
+            n = (offset + step) % len(requests)
+            if not np.array_equal(engine.rank(requests[n]).scores_NT, wanted[n]):
+                wrong.append(n)
+
+    threads = [threading.Thread(target=work, args=(offset,)) for offset in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_tables_stay_mapped_from_their_files(engine: Engine, bundle_dir: Path) -> None:
+    maps = Path("/proc/self/maps")
+    if not maps.is_file():
+        pytest.skip("no /proc on this system")
+    assert str(bundle_dir / "tables" / "deep.safetensors") in maps.read_text()
+
+
+def test_golden_scores_that_are_not_met_are_named(bundle_dir: Path) -> None:
+    bundle = Bundle.load(bundle_dir)
+    moved = dataclasses.replace(bundle, golden=Golden(bundle.golden.rows, bundle.golden.scores_BT + np.float32(1e-3)))
+    with pytest.raises(BundleError, match=r"golden scores of small 7 differ by 0\.001 on cpu, at most 1e-05 is allowed"):
+        Engine(bundle, Device.resolve("cpu")).check_golden(moved)
+    broken = dataclasses.replace(bundle, golden=Golden(bundle.golden.rows, bundle.golden.scores_BT * np.float32("nan")))
+    with pytest.raises(BundleError, match="differ by nan"):
+        Engine(bundle, Device.resolve("cpu")).check_golden(broken)
+
+
+def test_tables_of_another_shape_are_refused(bundle_dir: Path) -> None:
+    bundle = Bundle.load(bundle_dir)
+    cut = dataclasses.replace(bundle, tables={**bundle.tables, "deep": bundle.tables["deep"][:-1]})
+    with pytest.raises(BundleError, match=r"tables of 'deep' are torch.float32 \(\d+, 4\), float32 \(\d+, 4\) is needed"):
+        Engine(cut, Device.resolve("cpu"))
