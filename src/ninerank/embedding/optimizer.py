@@ -124,7 +124,7 @@ class SparseOptimizer:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take a state as `state_dict` gives it, in any order of tables; raises CheckpointError and changes nothing if it does not fit."""
         own = self.state_dict()
-        for key in own.keys() ^ state.keys():
+        for key in sorted(own.keys() ^ state.keys()):
             where = "is missing" if key in own else f"is not of this optimizer ({self.config.kind})"
             raise CheckpointError(f"sparse optimizer state: {key!r} {where}; {len(own)} tensors are needed, {len(state)} were given")
         for key, value in own.items():

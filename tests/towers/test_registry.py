@@ -1,0 +1,87 @@
+from typing import Any
+
+import pytest
+import torch
+
+from ninerank.config import Config
+from ninerank.embedding.collection import EmbeddingConfig
+from ninerank.errors import SpecError
+from ninerank.features.batch import Batch, Block, KeyedJagged
+from ninerank.features.spec import FeatureSpec, Hashed, IdFeature, NumericFeature, SequenceFeature
+from ninerank.towers.config import ModelConfig, parse_model
+from ninerank.towers.model import SequenceShape, TowerShape
+from ninerank.towers.registry import build_model
+
+NAMES = ("lr", "fm", "dnn", "deepfm", "dcnv2", "dlrm", "din")
+FEATURES: tuple[Any, ...] = (
+    SequenceFeature(name="history", role="user", of="item", max_length=4),
+    IdFeature(name="user", role="user", encoding=Hashed(num_buckets=9)),
+    IdFeature(name="item", role="item", encoding=Hashed(num_buckets=9)),
+    IdFeature(name="tags", role="item", encoding=Hashed(num_buckets=5), multi=True),
+    NumericFeature(name="price", role="item"),
+)
+SPEC = FeatureSpec(labels=("click", "buy"), features=FEATURES)
+
+
+def batch(requests: int, rows: int) -> Batch:
+    draw = torch.Generator().manual_seed(0)
+
+    def ids(keys: tuple[str, ...], count: int, high: int, jagged: bool) -> KeyedJagged:
+        lengths = torch.randint(0, 4, (len(keys) * count,), generator=draw) if jagged else None
+        total = len(keys) * count if lengths is None else int(lengths.sum())
+        return KeyedJagged(keys, torch.randint(0, high, (total,), generator=draw), lengths, count)
+
+    request = Block(
+        ids(("user",), requests, 10, False), ids((), requests, 1, True), ids(("history",), requests, 10, True), torch.zeros(requests, 0)
+    )
+    item = Block(
+        ids(("item",), rows, 10, False), ids(("tags",), rows, 6, True), ids((), rows, 1, True), torch.randn(rows, 1, generator=draw)
+    )
+    return Batch(request, item, None if requests == rows else torch.arange(rows) % requests)
+
+
+@pytest.mark.parametrize("mode", ["dense", "sparse"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_model_takes_every_kind_of_feature(name: str, mode: str) -> None:
+    model = build_model(parse_model({"name": name}), SPEC, EmbeddingConfig.parse({"mode": mode}, "embedding"), seed=1).train()
+    for requests in (6, 2):
+        logits = model(batch(requests, 6))
+        assert logits.shape == (6, 2)
+        logits.sum().backward()
+        assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_start_values_depend_on_the_seed_alone(name: str) -> None:
+    def state(seed: int, junk: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(junk)
+        before = torch.get_rng_state()
+        model = build_model(parse_model({"name": name}), SPEC, EmbeddingConfig(), seed=seed)
+        assert torch.equal(torch.get_rng_state(), before)
+        return model.state_dict()
+
+    one, two, other = state(1, 5), state(1, 6), state(2, 5)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(value, two[key]) for key, value in one.items())
+    assert any(not torch.equal(value, other[key]) for key, value in one.items() if key.startswith("embedding."))
+    if name != "lr":
+        assert any(not torch.equal(value, other[key]) for key, value in one.items() if key.startswith("tower."))
+
+
+def test_shape_of_a_spec() -> None:
+    assert TowerShape.of(SPEC) == TowerShape(num_fields=3, num_dense=1, sequences=(SequenceShape("history", 1),), num_tasks=2)
+
+
+def test_unknown_models_and_keys_are_refused_with_the_nearest() -> None:
+    class Recipe(Config):
+        model: ModelConfig
+
+    for parse in (lambda data: parse_model(data), lambda data: Recipe.parse({"model": data}, "recipe")):
+        with pytest.raises(SpecError, match="unknown model 'deepfn'; did you mean 'deepfm'.*valid: dcnv2, deepfm, din, dlrm, dnn, fm, lr"):
+            parse({"name": "deepfn"})
+        with pytest.raises(SpecError, match="unknown key 'hiden'; did you mean 'hidden'"):
+            parse({"name": "dnn", "mlp": {"hiden": [1]}})
+        for bad in ({}, {"name": ["dnn"]}, "dnn", None, {"name": "dnn", "mlp": {"dropout": 1.0}}, {"name": "fm", "embedding_dim": 0}):
+            with pytest.raises(SpecError):
+                parse(bad)
+    assert Recipe.parse({"model": {"name": "fm", "embedding_dim": 3}}, "recipe").model == parse_model({"name": "fm", "embedding_dim": 3})
