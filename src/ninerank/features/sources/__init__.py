@@ -1,0 +1,1 @@
+"""Formats of public logs (criteo, libsvm, ...) and a synthetic log with a known ground truth."""
