@@ -76,8 +76,8 @@ def test_unknown_models_and_keys_are_refused_with_the_nearest() -> None:
     class Recipe(Config):
         model: ModelConfig
 
-    for parse in (lambda data: parse_model(data), lambda data: Recipe.parse({"model": data}, "recipe")):
-        with pytest.raises(SpecError, match="unknown model 'deepfn'; did you mean 'deepfm'.*valid: dcnv2, deepfm, din, dlrm, dnn, fm, lr"):
+    for parse in (parse_model, lambda data: Recipe.parse({"model": data}, "recipe")):
+        with pytest.raises(SpecError, match=r"unknown model 'deepfn'; did you mean 'deepfm'.*valid: dcnv2, deepfm, din, dlrm, dnn, fm, lr"):
             parse({"name": "deepfn"})
         with pytest.raises(SpecError, match="unknown key 'hiden'; did you mean 'hidden'"):
             parse({"name": "dnn", "mlp": {"hiden": [1]}})
