@@ -95,6 +95,11 @@ class ScoreHistogram(Accumulator):
         metric._sums = np.array(state["sums"], np.float64).reshape(3, NUM_FINE_BINS)
         return metric
 
+    def totals(self) -> tuple[float, float, float]:
+        """Weight, weight of the positives, and weighted sum of scores over all rows."""
+        weight, positive, score = self._sums.sum(1).tolist()
+        return weight, positive, score
+
     def equal_mass(self, num_buckets: int) -> Buckets:
         """At most `num_buckets` buckets of about the same weight each; a fine bin is never split."""
         weight_M = self._sums[0]

@@ -1,0 +1,7 @@
+"""Evaluation: how good a model's scores are, and whether a served log can be reproduced.
+
+scoring.py   a run or a bundle behind one method       evaluate.py  log files -> scores -> quality, whole and by slice
+quality.py   slices.py   the metrics of one set of rows, and of each value of a column
+replay.py    joined.py   a request log scored again, compared, and joined with labels
+report.py    charts.py   one self-contained HTML page with inline SVG
+"""

@@ -1,0 +1,108 @@
+"""Quality by slice: the rows of each value, or range of values, of one column.
+
+Shape legend: B rows of one update, N rows in all.
+"""
+
+from collections.abc import Hashable
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import ArrayLike
+from typing_extensions import Self
+
+from ninerank.errors import DataError
+from ninerank.evaluation.quality import Quality, Summary
+from ninerank.metrics.rows import Array
+
+__all__ = ["MISSING", "OTHER", "Slices"]
+
+MISSING, OTHER = "(missing)", "(other)"
+NUM_RANGES = 10
+
+
+class Slices:
+    """Rows by the values of one column: the `max_values` heaviest, the rest as "(other)", nulls as "(missing)".
+
+    A column of floats with more than `max_values` values is cut into 10 ranges of equal mass instead.
+    Raises DataError for a column of lists or structs.
+    """
+
+    def __init__(self, column: str, max_values: int = 20) -> None:
+        self.column = column
+        self.max_values = max_values
+        self._codes: dict[Hashable, int] = {}
+        self._chunks: list[tuple[Array, ...]] = []
+        self._is_float = False
+
+    def update(
+        self, values: pa.Array, label_B: ArrayLike, score_B: ArrayLike, weight_B: ArrayLike | None = None, group_B: ArrayLike | None = None
+    ) -> Self:
+        if pa.types.is_nested(values.type):
+            raise DataError(f"slice {self.column!r}: the column is of type {values.type}, one value per row is needed")
+        self._is_float = self._is_float or pa.types.is_floating(values.type)
+        encoded = values if pa.types.is_dictionary(values.type) else pc.dictionary_encode(values)
+        own = [self._code(value) for value in encoded.dictionary.to_pylist()]
+        index_B = encoded.indices.fill_null(len(own)).to_numpy(zero_copy_only=False)
+        code_B = np.array([*own, -1], np.int64)[index_B]
+        rows = len(code_B)
+        weights = np.ones(rows) if weight_B is None else np.asarray(weight_B, np.float64)
+        groups = np.full(rows, -1) if group_B is None else np.asarray(group_B)
+        self._chunks.append((code_B, np.asarray(label_B), np.asarray(score_B), weights, groups))
+        return self
+
+    def _code(self, value: Hashable) -> int:
+        """Number of a value, -1 for null and nan."""
+        is_missing = value is None or value != value  # noqa: PLR0124
+        return -1 if is_missing else self._codes.setdefault(value, len(self._codes))
+
+    def merge(self, other: Self) -> Self:
+        """Take in the rows of `other`, a slicing of the same column."""
+        into = np.array([*(self._codes.setdefault(value, len(self._codes)) for value in other._codes), -1], np.int64)
+        self._chunks.extend((into[chunk[0]], *chunk[1:]) for chunk in other._chunks)
+        self._is_float = self._is_float or other._is_float
+        return self
+
+    def value(self, *, grouped: bool = False) -> dict[str, Summary]:
+        """Metrics of each slice, heaviest first ((other) and (missing) last), or by ascending range."""
+        if not self._chunks:
+            return {}
+        code_N, label_N, score_N, weight_N, group_N = (np.concatenate(column) for column in zip(*self._chunks, strict=True))
+        names, place_N = self._places(code_N, weight_N)
+        order = np.argsort(place_N, kind="stable")
+        ends = np.searchsorted(place_N[order], np.arange(len(names) + 1))
+        found: dict[str, Summary] = {}
+        for name, start, end in zip(names, ends[:-1], ends[1:], strict=True):
+            own = order[start:end]
+            if len(own):
+                found[name] = Quality().update(label_N[own], score_N[own], weight_N[own], group_N[own] if grouped else None).summary()
+        return found
+
+    def _places(self, code_N: Array, weight_N: Array) -> tuple[list[str], Array]:
+        """Names of the slices in the order in which they are shown, and each row's place among them."""
+        values = list(self._codes)
+        mass = np.bincount(code_N + 1, weight_N, len(values) + 1)[1:]
+        if self._is_float and len(values) > self.max_values:
+            names, place = _ranges(np.array(values, np.float64), mass)
+        else:
+            heaviest = np.argsort(-mass, kind="stable")[: self.max_values]
+            names, place = [_show(values[code]) for code in heaviest], np.full(len(values), len(heaviest))
+            place[heaviest] = np.arange(len(heaviest))
+        return [*names, OTHER, MISSING], np.append(place, len(names) + 1)[code_N]
+
+
+def _ranges(values: Array, mass: Array) -> tuple[list[str], Array]:
+    order = np.argsort(values)
+    middle = np.cumsum(mass[order]) - mass[order] / 2
+    part = np.minimum((middle / (mass.sum() or 1.0) * NUM_RANGES).astype(np.int64), NUM_RANGES - 1)
+    parts = np.unique(part, return_inverse=True)[1]
+    place = np.empty(len(values), np.int64)
+    place[order] = parts
+    ends = np.flatnonzero(np.append(parts[1:] != parts[:-1], True))
+    starts = np.append(0, ends[:-1] + 1)
+    return [f"{values[order[a]]:.4g} to {values[order[b]]:.4g}" for a, b in zip(starts, ends, strict=True)], place
+
+
+def _show(value: Hashable) -> str:
+    text = str(value)
+    return '""' if text == "" else text
