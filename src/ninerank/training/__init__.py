@@ -1,0 +1,1 @@
+"""Training: recipe, data pipeline, loss, optimizers, checkpoints, and the loop that joins them."""

@@ -1,0 +1,134 @@
+"""From the files of a split to batches: read, transformed, checked; kept in memory where they fit.
+
+The order of the training rows is a pure function of (seed, epoch) and of the recipe: a split that fits `cache_bytes` is permuted as
+a whole, a larger one is shuffled by the reader. Which of the two it is does not depend on the machine.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from ninerank.embedding.collection import EmbeddingCollection
+from ninerank.errors import DataError
+from ninerank.features.batch import Batch
+from ninerank.features.fit import fit
+from ninerank.features.reader import Reader
+from ninerank.features.spec import FeatureSpec
+from ninerank.features.transform import Transform
+from ninerank.training.cache import PackedRows, batch_bytes
+from ninerank.training.recipe import DataConfig
+
+__all__ = ["Split", "fit_spec", "permutation"]
+
+MIN_TRAINING_ROWS = 2  # batch normalisation has no variance over one row
+
+
+def permutation(num_rows: int, seed: int, epoch: int) -> torch.Tensor:
+    """Order of an epoch's rows: int64 (num_rows,), the one by which `Reader` takes rows that it holds in memory."""
+    return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(num_rows))
+
+
+def fit_spec(spec: FeatureSpec, paths: tuple[Path, ...], data: DataConfig, on_rows: Callable[[int], None] = lambda _: None) -> FeatureSpec:
+    """The spec with what the training rows (the first `data.fit_rows` of them) teach; a fitted spec stays as it is."""
+    return (
+        spec
+        if spec.is_fitted
+        else fit(spec, _head(Reader(paths, format=data.format, spec=spec, batch_size=1 << 16), data.fit_rows, on_rows))
+    )
+
+
+def _head(reader: Reader, num_rows: int | None, on_rows: Callable[[int], None]) -> Iterator[pa.RecordBatch]:
+    left = num_rows
+    for batch in reader.epoch(0):
+        part = batch.slice(0, left)
+        on_rows(part.num_rows)
+        yield part
+        if left is not None:
+            left -= part.num_rows
+            if left == 0:
+                return
+
+
+class Split:
+    """Batches of one split; process `rank` of `world_size` sees its part of each epoch's sequence of rows.
+
+    training: rows are shuffled if the recipe says so, and a last batch of one row is left out. on_rows: told of rows as they are read
+    into memory. Raises DataError for rows that are wrong, or too few.
+    """
+
+    def __init__(
+        self,
+        paths: tuple[Path, ...],
+        data: DataConfig,
+        spec: FeatureSpec,
+        *,
+        embedding: EmbeddingCollection,
+        training: bool,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        on_rows: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self.batch_size = data.batch_size
+        self.shuffle = training and data.shuffle
+        self.drop_last = training and data.drop_last
+        self.training = training
+        self.seed = seed
+        self._transform = Transform(spec)
+        self._check = embedding.check
+        shared = partial(Reader, paths, format=data.format, spec=spec, batch_size=data.batch_size)
+        self._rows = self._load(shared(), data.cache_bytes, on_rows)
+        self._reader = shared(seed=seed if self.shuffle else None, rank=rank, world_size=world_size)
+        total = self._reader.num_rows if self._rows is None else self._rows.num_rows
+        self._first, self._last = total * rank // world_size, total * (rank + 1) // world_size
+        need = MIN_TRAINING_ROWS if training else 1
+        if self.num_rows < need:
+            raise DataError(f"{', '.join(map(str, paths))}: {self.num_rows} rows for each process; at least {need} must be there")
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that this process sees in an epoch."""
+        return self._last - self._first
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of an epoch."""
+        full, rest = divmod(self.num_rows, self.batch_size)
+        shortest = self.batch_size if self.drop_last else MIN_TRAINING_ROWS if self.training and self.batch_size > 1 else 1
+        return full + (rest >= shortest)
+
+    @property
+    def in_memory(self) -> bool:
+        return self._rows is not None
+
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+        """Batches `start_batch`, `start_batch + 1`, ... of an epoch, on the CPU."""
+        if self._rows is None:
+            batches = self._transformed(self._reader.epoch(epoch, start_batch))
+        else:
+            batches = self._from_memory(self._rows, epoch, start_batch)
+        return islice(batches, max(0, self.num_batches - start_batch))
+
+    def _load(self, reader: Reader, limit_bytes: int, on_rows: Callable[[int], None]) -> PackedRows | None:
+        """The transformed rows if they fit; where the files tell their number of rows, the first batch tells whether a try is worth it."""
+        if all(rows is not None for file in reader.files for rows in file.block_rows):
+            first = next(self._transformed(reader.epoch(0)))
+            if batch_bytes(first) / first.num_rows * reader.num_rows > 1.1 * limit_bytes:
+                return None
+        return PackedRows.within(self._transformed(reader.epoch(0)), limit_bytes, on_rows)
+
+    def _transformed(self, rows: Iterator[pa.RecordBatch]) -> Iterator[Batch]:
+        for part in rows:
+            batch = self._transform.batch(part, labels=True)
+            self._check(batch)
+            yield batch
+
+    def _from_memory(self, rows: PackedRows, epoch: int, start_batch: int) -> Iterator[Batch]:
+        order = permutation(rows.num_rows, self.seed, epoch) if self.shuffle else torch.arange(rows.num_rows)
+        for first in range(self._first + start_batch * self.batch_size, self._last, self.batch_size):
+            yield rows.take(order[first : min(first + self.batch_size, self._last)])

@@ -1,0 +1,302 @@
+"""The training loop: batch, forward, backward, step; evaluation after each epoch; the best epoch's weights kept and tested.
+
+Shape legend: B rows, T tasks.
+"""
+
+import logging
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from ninerank.device import Device
+from ninerank.errors import CheckpointError, DeviceError, SpecError
+from ninerank.features.batch import Batch
+from ninerank.features.spec import FeatureSpec
+from ninerank.towers.registry import build_model
+from ninerank.training.checkpoint import BestWeights, Checkpoint, CheckpointStore, load_weights
+from ninerank.training.display import Display, Stage
+from ninerank.training.history import History
+from ninerank.training.interrupt import Interrupts, TrainingInterrupted
+from ninerank.training.loss import binary_cross_entropy, check_task_weights
+from ninerank.training.optimizer import ModelOptimizer
+from ninerank.training.pipeline import Split, fit_spec
+from ninerank.training.prefetch import Prefetch
+from ninerank.training.recipe import Recipe
+from ninerank.training.run import RunDir
+from ninerank.training.schedule import EarlyStopping, is_gain
+from ninerank.training.scoring import measure
+from ninerank.training.state import flatten, generator_state, restore, restore_generators
+from ninerank.training.window import Window
+
+__all__ = ["Progress", "Trainer"]
+
+log = logging.getLogger(__name__)
+
+SplitName = Literal["train", "valid", "test"]
+METRICS_SHOWN = ("auc", "gauc", "logloss")
+
+
+@dataclass
+class Progress:
+    """How far a run is: with weights, optimizer and generators, all that is needed to go on from the very next batch.
+
+    epoch, batch: of the batch that comes next, from 0. best_epoch: from 1, as people are told.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    samples: int = 0
+    train_seconds: float = 0.0
+    best_epoch: int | None = None
+    best_value: float | None = None
+    best_metrics: dict[str, float | None] | None = None
+    epochs_without_gain: int = 0
+    reductions: int = 0
+
+
+class Trainer:
+    """Trains one recipe into one run directory.
+
+    resume: True goes on from the newest checkpoint, a name such as `step-40` from that one. overwrite: replace a run that is there.
+    console: where bars are drawn if it is a terminal. Raises SpecError, DataError, CheckpointError or DeviceError.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        out_dir: str | Path,
+        *,
+        resume: bool | str = False,
+        overwrite: bool = False,
+        console: Console | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.device = Device.resolve(recipe.device)
+        if recipe.precision == "bf16" and self.device.autocast_dtype is None:
+            raise DeviceError(f"precision 'bf16': {self.device.name} does not multiply bfloat16; use precision: fp32")
+        self.recipe = recipe.resolved(self.device.name)
+        self.display = Display(console)
+        self.progress = Progress()
+        self.run = RunDir(Path(out_dir))
+        self._rank, self._world_size = rank, world_size
+        self._task_weights = check_task_weights(recipe.loss, recipe.spec.labels)
+        self._interrupts = Interrupts()
+        self._grad_norm: Tensor | None = None
+        self._lr = recipe.optimizer.lr
+        for split in ("train", "valid", "test"):
+            recipe.data.files(split)
+        early = recipe.schedule.early_stopping
+        if early is not None and early.metric == "gauc" and recipe.spec.group is None:
+            raise SpecError("schedule.early_stopping.metric: 'gauc' needs a `group` column in the spec; it names none")
+        if resume:
+            self.run.reopen(self.recipe)
+        else:
+            self.run.create(self.recipe, overwrite=overwrite)
+        with self.display:
+            self._prepare(resume)
+
+    def fit(self) -> dict[str, Any]:
+        """Train, keep the best epoch, test it; returns what `metrics.json` says.
+
+        Raises TrainingInterrupted after SIGINT or SIGTERM, once a checkpoint is saved.
+        """
+        started_s = time.monotonic()
+        with self.display, self._history, self._interrupts.caught():
+            while not self._is_finished():
+                self._train_epoch()
+                self._end_epoch()
+            return self._report(time.monotonic() - started_s)
+
+    def step(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """One optimizer step on one labelled batch; returns the loss (scalar) and the logits (B, T), detached."""
+        assert batch.label_BT is not None
+        schedule, collection = self.recipe.schedule, self.model.embedding
+        self._lr = self.optimizer.set_lr(
+            schedule.lr, step=self.progress.step, total_steps=self._total_steps, reductions=self.progress.reductions
+        )
+        with self.device.autocast(self.recipe.precision == "bf16"):
+            logits_BT = self.model(batch)
+        loss = binary_cross_entropy(logits_BT, batch.label_BT, batch.weight_B, self._task_weights)
+        total = loss + collection.l2_penalty() if collection.config.l2 else loss
+        self.optimizer.zero_grad()
+        total.backward()  # type: ignore[no-untyped-call]
+        if schedule.clip_norm is not None:
+            self._grad_norm = self.optimizer.clip(schedule.clip_norm)
+        self.optimizer.step()
+        return loss.detach(), logits_BT.detach()
+
+    def _train_epoch(self) -> None:
+        progress, schedule, every = self.progress, self.recipe.schedule, self.recipe.checkpoint.every_steps
+        self.model.train()
+        window = Window()
+        source = self.train.epoch(progress.epoch, progress.batch)
+        with (
+            Prefetch(source, self.recipe.data.prefetch) as batches,
+            self.display.stage(f"epoch {progress.epoch + 1}/{schedule.epochs}", self.train.num_rows) as stage,
+        ):
+            stage.advance(progress.batch * self.train.batch_size)
+            for host_batch in batches:
+                if progress.step == schedule.max_steps:
+                    break
+                batch = host_batch.to(self.device.torch_device, non_blocking=True)
+                loss, logits_BT = self.step(batch)
+                progress.batch += 1
+                progress.step += 1
+                window.add(loss, logits_BT, batch)
+                stage.advance(batch.num_rows)
+                if progress.step % self.recipe.log.every_steps == 0:
+                    window = self._close_window(window, stage)
+                if every is not None and progress.step % every == 0:
+                    window = self._close_window(window, stage)
+                    self._save()
+                if self._interrupts.requested:
+                    self._close_window(window, stage)
+                    self._stop()
+            self._close_window(window, stage)
+
+    def _close_window(self, window: Window, stage: Stage) -> Window:
+        """Write the figures of the steps since the last time; returns an empty window."""
+        progress = self.progress
+        if window.steps:
+            seconds = window.seconds
+            progress.samples += window.samples
+            progress.train_seconds += seconds
+            loss, train_auc, speed = window.loss(progress.step), window.auc(), window.samples / max(seconds, 1e-9)
+            row = {"step": progress.step, "epoch": progress.epoch + 1, "samples": progress.samples, "loss": loss, "lr": self._lr}
+            norm = None if self._grad_norm is None else float(self._grad_norm)
+            self._history.write({**row, "grad_norm": norm, "train_auc": train_auc, "samples_per_s": speed})
+            stage.show(f"{speed:,.0f} samples/s, loss {loss:.4f}" + ("" if train_auc is None else f", AUC {train_auc:.4f}"))
+        return Window()
+
+    def _end_epoch(self) -> None:
+        """Evaluate, keep the weights if they are the best so far, save, pass on to the next epoch."""
+        progress, early = self.progress, self.recipe.schedule.early_stopping or EarlyStopping()
+        metrics = self._measure(self.valid, "validate")
+        value = metrics[early.metric]
+        progress.epoch += 1
+        progress.batch = 0
+        if is_gain(early.metric, value, progress.best_value, early.min_delta):
+            progress.best_epoch, progress.best_value, progress.best_metrics = progress.epoch, value, metrics
+            progress.epochs_without_gain = 0
+            self.best.save(self.model.state_dict(), epoch=progress.epoch)
+        else:
+            progress.epochs_without_gain += 1
+            progress.reductions += 1
+        self._history.write({"step": progress.step, "epoch": progress.epoch, **{f"valid_{key}": metrics.get(key) for key in METRICS_SHOWN}})
+        log.info("epoch %d: valid %s%s", progress.epoch, phrase(metrics), " (best so far)" if not progress.epochs_without_gain else "")
+        self._save()
+
+    def _report(self, seconds: float) -> dict[str, Any]:
+        """Test the best epoch's weights and write `metrics.json`."""
+        progress = self.progress
+        load_weights(self.model, self.best.load(), str(self.run.best))
+        metrics: dict[str, Any] = {"valid": progress.best_metrics}
+        if self.recipe.data.test is not None:
+            metrics["test"] = self._measure(self._split("test"), "test")
+        metrics.update(
+            {
+                "samples_per_s": progress.samples / max(progress.train_seconds, 1e-9),
+                "epochs": progress.epoch,
+                "best_epoch": progress.best_epoch,
+                "steps": progress.step,
+                "samples": progress.samples,
+                "seconds": seconds,
+                "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+                "seed": self.recipe.seed,
+                "device": self.device.name,
+                "spec_digest": self.spec.digest,
+            }
+        )
+        self.run.write_metrics(metrics)
+        return metrics
+
+    def _measure(self, split: Split, label: str) -> dict[str, float | None]:
+        with Prefetch(split.epoch(0), self.recipe.data.prefetch) as batches, self.display.stage(label, split.num_rows) as stage:
+
+            def advance(num_rows: int) -> None:
+                stage.advance(num_rows)
+                if self._interrupts.requested:
+                    self._stop()
+
+            return measure(self.model, batches, self.spec.labels, device=self.device.torch_device, on_rows=advance)
+
+    def _is_finished(self) -> bool:
+        schedule, progress = self.recipe.schedule, self.progress
+        if progress.batch:
+            return False
+        out_of_patience = schedule.early_stopping is not None and progress.epochs_without_gain >= schedule.early_stopping.patience
+        return out_of_patience or progress.epoch >= schedule.epochs or progress.step >= (schedule.max_steps or 1 << 62)
+
+    def _prepare(self, resume: bool | str) -> None:
+        recipe = self.recipe
+        self.spec = self.run.spec() if resume and self.run.spec_path.is_file() else self._fit_spec()
+        self.run.write_versions(self.device)
+        self.device.activate()
+        torch.manual_seed(recipe.seed)
+        self.model = build_model(recipe.model, self.spec, recipe.embedding, seed=recipe.seed).to(self.device.torch_device)
+        self.optimizer = ModelOptimizer(self.model.tower, self.model.embedding, recipe.optimizer)
+        self.store = CheckpointStore(self.run.checkpoints, keep_last=recipe.checkpoint.keep_last, spec_digest=self.spec.digest)
+        self.best = BestWeights(self.run.best, spec_digest=self.spec.digest)
+        self.train, self.valid = self._split("train"), self._split("valid")
+        self._total_steps = min(recipe.schedule.epochs * self.train.num_batches, recipe.schedule.max_steps or 1 << 62)
+        checkpoint = self.store.load(resume if isinstance(resume, str) else None) if resume else None
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        self._history = History(self.run.path, tensorboard=recipe.log.tensorboard, keep_to_step=self.progress.step)
+
+    def _fit_spec(self) -> FeatureSpec:
+        with self.display.stage("fit spec", None) as stage:
+            spec = fit_spec(self.recipe.spec, self.recipe.data.files("train"), self.recipe.data, stage.advance)
+        spec.save(self.run.spec_path)
+        return spec
+
+    def _split(self, name: SplitName) -> Split:
+        with self.display.stage(f"read {name}", None) as stage:
+            return Split(
+                self.recipe.data.files(name),
+                self.recipe.data,
+                self.spec,
+                embedding=self.model.embedding,
+                training=name == "train",
+                seed=self.recipe.seed,
+                rank=self._rank,
+                world_size=self._world_size,
+                on_rows=stage.advance,
+            )
+
+    def _save(self) -> Path:
+        optimizer: dict[str, Tensor] = {}
+        state = {
+            "progress": asdict(self.progress),
+            "optimizer": flatten(self.optimizer.state_dict(), "optimizer", optimizer),
+            "train": {"num_rows": self.train.num_rows, "in_memory": self.train.in_memory},
+        }
+        tensors = {"model": self.model.state_dict(), "optimizer": optimizer, "random": generator_state(self.device.torch_device)}
+        return self.store.save(self.progress.step, tensors, state)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        where, state = str(self.store.directory / checkpoint.name), checkpoint.state
+        train = {"num_rows": self.train.num_rows, "in_memory": self.train.in_memory}
+        if state["train"] != train:
+            raise CheckpointError(f"{where}: was saved over training data {state['train']}, they are now {train}: their order would differ")
+        load_weights(self.model, checkpoint.tensors["model"], where)
+        self.optimizer.load_state_dict(restore(state["optimizer"], checkpoint.tensors["optimizer"]))
+        self.progress = Progress(**state["progress"])
+        restore_generators(self.device.torch_device, checkpoint.tensors["random"])
+        log.info("resumed from %s: epoch %d, batch %d", where, self.progress.epoch + 1, self.progress.batch)
+
+    def _stop(self) -> NoReturn:
+        path = self._save()
+        raise TrainingInterrupted(self._interrupts.requested or "a signal", path)
+
+
+def phrase(metrics: dict[str, float | None]) -> str:
+    """The metrics people look at first, e.g. `auc 0.9845, logloss 0.1560`."""
+    return ", ".join(f"{key} {value:.4f}" for key in METRICS_SHOWN if (value := metrics.get(key)) is not None)
