@@ -101,7 +101,10 @@ class Device:
         module = _backend(kind)
         count = module.device_count()
         if index is None:
-            index = int(os.environ.get("LOCAL_RANK", "0"))
+            local_rank = os.environ.get("LOCAL_RANK", "0")
+            if not local_rank.isdecimal():
+                raise DeviceError(f"device {kind!r}: LOCAL_RANK={local_rank!r} in the environment is no device index")
+            index = int(local_rank)
         if index >= count:
             have = "it is the only one" if count == 1 else f"there are {count}"
             raise DeviceError(f"device '{kind}:{index}': no such device; indices start at 0 and {have}")
