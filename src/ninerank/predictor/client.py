@@ -1,0 +1,191 @@
+"""Client of a Ninerank server: plain Python values, lists or arrays in, scores and order out."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from typing_extensions import Self
+
+from ninerank.errors import DeadlineError, NinerankError, OverloadError, RequestError
+from ninerank.predictor.wire import encode_column
+from ninerank.proto.v1 import predictor_pb2 as pb
+from ninerank.proto.v1.predictor_pb2_grpc import PredictorStub
+
+__all__ = ["Defaults", "PredictorClient", "RankResult", "build_request"]
+
+DEFAULT_TIMEOUT_MS = 5_000
+MAX_MESSAGE_BYTES = 64 << 20
+_ERRORS: dict[grpc.StatusCode, type[NinerankError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: RequestError,
+    grpc.StatusCode.NOT_FOUND: RequestError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
+}
+Column: TypeAlias = Sequence[Any] | npt.NDArray[Any] | pa.Array
+Items: TypeAlias = Mapping[str, Column] | Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Where the scores rest on defaults: columns sent by nobody, candidates (by index) whose id the server's cache does not know."""
+
+    user_columns: tuple[str, ...]
+    item_columns: tuple[str, ...]
+    unknown_candidates: tuple[int, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.user_columns or self.item_columns or self.unknown_candidates)
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """scores: float32 (N,), one a candidate in the order sent. order: indices, best first, at most top_k.
+
+    tasks: scores by task, of models with several. timings_us: by stage, on the server.
+    """
+
+    scores: npt.NDArray[np.float32]
+    order: npt.NDArray[np.int64]
+    request_id: str
+    model_name: str
+    model_version: str
+    tasks: Mapping[str, npt.NDArray[np.float32]]
+    timings_us: Mapping[str, int]
+    defaults_used: Defaults
+
+
+class PredictorClient:
+    """A channel to one server, for any number of threads; close it, or use it as a context manager.
+
+    with PredictorClient("localhost:50051") as client:
+        result = client.rank(user={"user_id": "u7"}, items={"item_id": ["a", "b"], "price": [1.5, 2.0]})
+        best = result.order[0]
+    """
+
+    def __init__(self, target: str, *, timeout_ms: int = DEFAULT_TIMEOUT_MS) -> None:
+        self.target = target
+        self._timeout_ms = timeout_ms
+        limits = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.max_send_message_length", MAX_MESSAGE_BYTES)]
+        self._channel = grpc.insecure_channel(target, options=limits)
+        self._stub = PredictorStub(self._channel)  # type: ignore[no-untyped-call]
+
+    def rank(
+        self,
+        user: Mapping[str, Any],
+        items: Items | None = None,
+        *,
+        ids: Column | None = None,
+        top_k: int | None = None,
+        timeout_ms: int | None = None,
+        request_id: str = "",
+        model_name: str = "",
+        model_version: str = "",
+    ) -> RankResult:
+        """Score and order candidates for one user.
+
+        user: one value a column (a list for features with many values). items: columns of N values, or N mappings. ids: N candidate
+        ids, to be looked up by the server. At least one of items and ids is needed. timeout_ms: instead of the client's.
+
+        Raises RequestError for what the server refuses, DeadlineError when time ran out, OverloadError where the server takes no
+        more, NinerankError where it cannot be reached or failed.
+        """
+        request = build_request(user, items, ids=ids, top_k=top_k)
+        request.request_id, request.model_name, request.model_version = request_id, model_name, model_version
+        timeout_s = (timeout_ms or self._timeout_ms) / 1000
+        try:
+            response: pb.RankResponse = self._stub.Rank(request, timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise _explain(error, self.target) from None
+        return _result(response)
+
+    def close(self) -> None:
+        """Close the channel; calls under way fail."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def build_request(
+    user: Mapping[str, Any],
+    items: Items | None = None,
+    *,
+    ids: Column | None = None,
+    top_k: int | None = None,
+) -> pb.RankRequest:
+    """Message of a rank call; raises RequestError for values that cannot be sent.
+
+    >>> build_request({"age": 30}, [{"price": 1.5}, {"price": None}]).num_candidates
+    2
+    """
+    columns = _columns(items)
+    lengths = {name: len(array) for name, array in columns.items()}
+    id_array = None if ids is None else _array("ids", ids)
+    if id_array is not None:
+        lengths["ids"] = len(id_array)
+    if not lengths:
+        raise RequestError("neither ids nor items are given, one of them is needed")
+    if len(set(lengths.values())) > 1:
+        raise RequestError(f"candidates are ragged: {', '.join(f'{name} has {count}' for name, count in lengths.items())}")
+    if top_k is not None and top_k < 0:
+        raise RequestError(f"top_k is {top_k}; 0 (all) or more is needed")
+    request = pb.RankRequest(num_candidates=next(iter(lengths.values())), top_k=top_k or 0)
+    request.user.extend(encode_column(name, _array(name, [value])) for name, value in user.items() if value is not None)
+    if id_array is not None:
+        request.candidate_ids.CopyFrom(encode_column("", id_array))
+    request.item_features.extend(encode_column(name, array) for name, array in columns.items())
+    return request
+
+
+def _columns(items: Any) -> dict[str, pa.Array]:
+    if items is None:
+        return {}
+    if isinstance(items, Mapping):
+        return {name: _array(name, values) for name, values in items.items()}
+    if isinstance(items, str) or not isinstance(items, Sequence):
+        raise RequestError(f"items is {type(items).__name__}; columns of values, or a list with one mapping a candidate, are needed")
+    for row, item in enumerate(items):
+        if not isinstance(item, Mapping):
+            raise RequestError(f"items[{row}] is {type(item).__name__}, a mapping of feature to value is needed")
+    names = dict.fromkeys(name for item in items for name in item)
+    return {name: _array(name, [item.get(name) for item in items]) for name in names}
+
+
+def _array(name: str, values: Any) -> pa.Array:
+    if isinstance(values, pa.ChunkedArray):
+        values = values.combine_chunks()
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise RequestError(f"feature {name!r}: {values!r} is no column, a list with one value a candidate is needed")
+    try:
+        return values if isinstance(values, pa.Array) else pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError) as error:
+        raise RequestError(f"feature {name!r}: its values cannot be sent ({error})") from None
+
+
+def _result(response: pb.RankResponse) -> RankResult:
+    timings, defaults = response.timings, response.defaults
+    return RankResult(
+        scores=np.array(response.scores, np.float32),
+        order=np.array(response.order, np.int64),
+        request_id=response.request_id,
+        model_name=response.model_name,
+        model_version=response.model_version,
+        tasks={task.name: np.array(task.scores, np.float32) for task in response.tasks},
+        timings_us={field.name.removesuffix("_us"): getattr(timings, field.name) for field in timings.DESCRIPTOR.fields},
+        defaults_used=Defaults(tuple(defaults.user_columns), tuple(defaults.item_columns), tuple(defaults.unknown_candidates)),
+    )
+
+
+def _explain(error: grpc.RpcError, target: str) -> NinerankError:
+    status, details = error.code(), error.details() or ""
+    if status is grpc.StatusCode.UNAVAILABLE:
+        return NinerankError(f"no server answers at {target} ({details})")
+    return _ERRORS.get(status, NinerankError)(details or status.name)
