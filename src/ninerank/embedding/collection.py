@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ninerank.config import Config
-from ninerank.embedding.index import BatchIndex, SideRows
+from ninerank.embedding.index import BatchIndex
+from ninerank.embedding.rows import SideRows
 from ninerank.embedding.table import TableGroup, TableLayout
 from ninerank.errors import DataError, SpecError
 from ninerank.features.batch import Batch, Block
@@ -100,9 +101,9 @@ class EmbeddingCollection(nn.Module):
             dense_request = dense_request.index_select(0, batch.user_row_B)
         inputs = {"dense": torch.cat([dense_request, dense_item], dim=1)}
         for name, group in self.named_groups():
-            pooled_BFD, sequences = index.fields(group.rows(index.row_N))
-            inputs[name] = pooled_BFD
-            inputs.update({f"{name}.seq.{key}": value for key, value in sequences.items()})
+            rows_ND = group.rows(index.row_N)
+            inputs[name] = index.fields(rows_ND)
+            inputs.update({f"{name}.seq.{key}": value for key, value in index.sequences(rows_ND).items()})
         inputs.update({f"mask.{key}": mask for key, mask in index.masks().items()})
         return inputs
 

@@ -1,0 +1,82 @@
+"""From looked-up rows, which lie bag after bag, to one vector a bag or to padded sequences.
+
+Neither direction needs a scatter that adds, so that sums come in one order on every device.
+
+Shape legend: N ids, M bags, D embedding dim, S sequence features, R rows, L places of one feature's rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["Padding", "pool_rows"]
+
+
+class _SumRows(torch.autograd.Function):
+    """Sum of each bag's rows; the backward is a gather."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_ND: Tensor, offsets: Tensor, bag_N: Tensor) -> Tensor:
+        ctx.save_for_backward(bag_N)
+        each = torch.arange(rows_ND.shape[0], device=rows_ND.device)
+        return functional.embedding_bag(each, rows_ND, offsets, mode="sum", include_last_offset=True)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor, None, None]:
+        return grad_MD.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+def pool_rows(rows_ND: Tensor, length_M: Tensor) -> Tensor:
+    """Sum (M, D) of each bag's rows, which lie one bag after the other; zeros for an empty bag.
+
+    >>> pool_rows(torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([2, 0, 1])).tolist()
+    [[3.0], [0.0], [4.0]]
+    """
+    offsets = torch.cat([length_M.new_zeros(1), length_M.cumsum(0)])
+    return cast("Tensor", _SumRows.apply(rows_ND, offsets, _bag_of(length_M, rows_ND.shape[0])))  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Where the ids of S sequence features over R rows lie in zero-padded (R, L) arrays, one a feature, each with its own L.
+
+    >>> padding = Padding.of(torch.tensor([2, 0, 1, 1]), num_ids=4, num_rows=2, widths=[2, 1])
+    >>> [rows.flatten().tolist() for rows in padding.pad(torch.tensor([[1.0], [2.0], [3.0], [4.0]]))]
+    [[1.0, 2.0, 0.0, 0.0], [3.0, 4.0]]
+    >>> [mask.tolist() for mask in padding.masks]
+    [[[True, True], [False, False]], [[True], [True]]]
+    """
+
+    place_N: Tensor
+    masks: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, length_M: Tensor, num_ids: int, num_rows: int, widths: Sequence[int]) -> "Padding":
+        """length_M: ids a row, feature after feature, `num_ids` in all. No row is longer than its feature's width."""
+        device = length_M.device
+        places = [torch.arange(width, device=device) for width in widths]
+        masks = tuple(place_L < own_R[:, None] for place_L, own_R in zip(places, length_M.view(len(widths), num_rows), strict=True))
+        bases = accumulate((width * num_rows for width in widths), initial=0)
+        rows_R = torch.arange(num_rows, device=device)
+        base_M = torch.cat([base + rows_R * width for base, width in zip(bases, widths, strict=False)])
+        start_M = length_M.cumsum(0) - length_M
+        bag_N = _bag_of(length_M, num_ids)
+        return cls((base_M - start_M)[bag_N] + torch.arange(num_ids, device=device), masks)
+
+    def pad(self, rows_ND: Tensor) -> list[Tensor]:
+        """Rows of each feature (R, L, D), zero beyond each sequence's end."""
+        sizes = [mask.numel() for mask in self.masks]
+        flat = rows_ND.new_zeros(sum(sizes), rows_ND.shape[1]).index_copy(0, self.place_N, rows_ND)
+        parts = torch.split_with_sizes(flat, sizes)
+        return [part.view(*mask.shape, rows_ND.shape[1]) for part, mask in zip(parts, self.masks, strict=True)]
+
+
+def _bag_of(length_M: Tensor, num_ids: int) -> Tensor:
+    """Bag (N,) that each id is in."""
+    return torch.arange(length_M.numel(), device=length_M.device).repeat_interleave(length_M, output_size=num_ids)

@@ -1,0 +1,123 @@
+"""Which table each feature looks into: ids of one side's features become rows of the merged storage.
+
+Shape legend: R rows of a block, F features of one kind on one side, N ids, M bags (F * R).
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ninerank.embedding.table import TableLayout
+from ninerank.errors import DataError
+from ninerank.features.batch import Block, KeyedJagged
+
+__all__ = ["KeyRows", "SideRows", "lengths_of"]
+
+
+def lengths_of(ids: KeyedJagged) -> Tensor:
+    """Lengths (M,), written out where every row holds one id."""
+    return torch.ones_like(ids.values) if ids.lengths is None else ids.lengths
+
+
+class KeyRows(nn.Module):
+    """Row offset and size of the table behind each feature of one kind on one side."""
+
+    offset_F: Tensor
+    size_F: Tensor
+
+    def __init__(self, layout: TableLayout, tables: Mapping[str, str]) -> None:
+        super().__init__()
+        self.keys = tuple(tables)
+        self.tables = tuple(tables.values())
+        slices = [layout.rows_of(table) for table in self.tables]
+        self.register_buffer("offset_F", torch.tensor([s.start for s in slices], dtype=torch.int64), persistent=False)
+        self.register_buffer("size_F", torch.tensor([s.stop - s.start for s in slices], dtype=torch.int64), persistent=False)
+
+    def single(self, ids: KeyedJagged) -> Tensor:
+        """Storage rows (F, R) of features with exactly one id a row."""
+        return ids.values.view(len(self.keys), ids.num_rows) + self.offset_F[:, None]
+
+    def jagged(self, ids: KeyedJagged) -> Tensor:
+        """Storage rows (N,) of features with any number of ids a row."""
+        return ids.values + _per_id(self.offset_F, ids)
+
+    def check(self, ids: KeyedJagged) -> None:
+        """Raise DataError for features other than the spec's, or an id outside its table. Call it where the ids lie on the host."""
+        if ids.keys != self.keys:
+            raise DataError(f"batch holds the features {list(ids.keys)}, this model takes {list(self.keys)} here")
+        if ids.values.numel() == 0:
+            return
+        size_F = self.size_F.to(ids.values.device)
+        if ids.lengths is None:
+            low_F, high_F = ids.values.view(len(self.keys), ids.num_rows).aminmax(dim=1)
+            is_wrong = bool(((low_F < 0) | (high_F >= size_F)).any())
+        else:
+            is_wrong = bool(((ids.values < 0) | (ids.values >= _per_id(size_F, ids))).any())
+        if is_wrong:
+            self._refuse(ids, size_F)
+
+    def _refuse(self, ids: KeyedJagged, size_F: Tensor) -> None:
+        wrong_N = (ids.values < 0) | (ids.values >= _per_id(size_F, ids))
+        place = int(wrong_N.nonzero()[0, 0])
+        feature = int(_per_id(torch.arange(len(self.keys), device=size_F.device), ids)[place])
+        raise DataError(
+            f"feature {self.keys[feature]!r}: id {int(ids.values[place])} is outside table {self.tables[feature]!r} "
+            f"of {int(size_F[feature])} rows (valid: 0 to {int(size_F[feature]) - 1})"
+        )
+
+
+class SideRows(nn.Module):
+    """The features of one side: single ids, bags with their pooling, sequences with their greatest length."""
+
+    is_mean_F: Tensor
+
+    def __init__(
+        self,
+        layout: TableLayout,
+        single: Mapping[str, str],
+        bags: Mapping[str, str],
+        sequences: Mapping[str, str],
+        *,
+        mean_bags: Sequence[str] = (),
+        max_lengths: Mapping[str, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.single = KeyRows(layout, single)
+        self.bags = KeyRows(layout, bags)
+        self.sequences = KeyRows(layout, sequences)
+        self.max_lengths = tuple((max_lengths or {})[key] for key in sequences)
+        self.has_mean = bool(mean_bags)
+        self.register_buffer("is_mean_F", torch.tensor([key in mean_bags for key in bags], dtype=torch.bool), persistent=False)
+
+    def check(self, block: Block) -> None:
+        """Raise DataError for ids, features or histories that do not fit this side. Call it where the block lies on the host."""
+        self.single.check(block.single)
+        self.bags.check(block.bags)
+        self.sequences.check(block.sequences)
+        for key, longest, greatest in zip(self.sequences.keys, self.longest(block), self.max_lengths, strict=True):
+            if longest > greatest:
+                raise DataError(f"sequence {key!r}: {longest} ids in a row, at most {greatest}")
+
+    def longest(self, block: Block) -> list[int]:
+        """Greatest number of ids in a row, of each sequence feature."""
+        if not self.max_lengths or block.num_rows == 0:
+            return [0] * len(self.max_lengths)
+        longest: list[int] = lengths_of(block.sequences).view(len(self.max_lengths), block.num_rows).amax(1).tolist()
+        return longest
+
+    def bag_scale(self, ids: KeyedJagged) -> Tensor | None:
+        """1 / length for bags pooled by mean, 1 for sums, (M, 1); None where all bags are summed."""
+        if not self.has_mean:
+            return None
+        length_M = lengths_of(ids)
+        mean_M = self.is_mean_F.repeat_interleave(ids.num_rows)
+        return torch.where(mean_M, length_M.clamp(min=1), torch.ones_like(length_M)).to(torch.float32).reciprocal()[:, None]
+
+
+def _per_id(value_F: Tensor, ids: KeyedJagged) -> Tensor:
+    """One value per feature, repeated for each of its ids."""
+    if ids.lengths is None:
+        return value_F.repeat_interleave(ids.num_rows)
+    count_F = ids.lengths.view(len(ids.keys), ids.num_rows).sum(1)
+    return value_F.repeat_interleave(count_F, output_size=ids.values.numel())
