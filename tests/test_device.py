@@ -189,7 +189,7 @@ def test_npu_error_without_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_npu_not_visible(npu: Accelerator) -> None:
     npu.device_count = lambda: 0
-    with pytest.raises(DeviceError, match="torch_npu loads, but no NPU is visible; .*ASCEND_RT_VISIBLE_DEVICES"):
+    with pytest.raises(DeviceError, match=r"torch_npu loads, but no NPU is visible; .*ASCEND_RT_VISIBLE_DEVICES"):
         Device.resolve("npu")
 
 

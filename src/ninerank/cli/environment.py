@@ -184,19 +184,28 @@ def redis(findings: Findings, url: str) -> None:
         findings.problems.append(Problem(f"Redis at {shown} does not answer: {_first_line(error)}", mend, fatal=True))
 
 
-def _load_native(findings: Findings, table: dict[str, Any]) -> None:
-    """Import the native packages in a process of their own: one that was built for another torch may abort and not just raise."""
-    for distribution, module in NATIVE.items():
-        if not table.get(distribution, {}).get("version"):
-            continue
-        outcome = _run(sys.executable, "-c", f"import torch, {module}")
-        loads = outcome is not None and outcome.returncode == 0
-        table[distribution]["loads"] = loads
-        if not loads:
-            reason = (outcome.stderr.strip().splitlines() or [f"exit code {outcome.returncode}"])[-1] if outcome else "no answer"
-            findings.problems.append(
-                Problem(f"{distribution} is installed but does not load: {reason}", "make setup   (wheels that belong together)")
-            )
+def _load_native(findings: Findings, table: dict[str, Any], preload: str = "torch") -> None:
+    """Import the native packages in one process of their own: one that was built for another torch may abort and not just raise."""
+    present = {name: module for name, module in NATIVE.items() if table.get(name, {}).get("version")}
+    while present:
+        steps = "".join(f"print({name!r}, flush=True); import {module}\n" for name, module in present.items())
+        outcome = _run(sys.executable, "-c", f"import {preload}\n{steps}")
+        begun = outcome.stdout.split() if outcome is not None else []
+        sound = outcome is not None and outcome.returncode == 0
+        for name in begun if sound else begun[:-1]:
+            table[name]["loads"] = True
+            del present[name]
+        if sound:
+            return
+        if not begun:  # torch itself, which `devices` tells about
+            return
+        culprit = begun[-1]
+        table[culprit]["loads"] = False
+        del present[culprit]
+        reason = (outcome.stderr.strip().splitlines() or [f"exit code {outcome.returncode}"])[-1] if outcome else "no answer"
+        findings.problems.append(
+            Problem(f"{culprit} is installed but does not load: {reason}", "make setup   (wheels that belong together)")
+        )
 
 
 def _version(name: str) -> str | None:
