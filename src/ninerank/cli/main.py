@@ -22,6 +22,8 @@ VERBS = {
     "export": "Write a trained run as a bundle: spec, dense graph, tables, golden rows with their scores, checksums.",
     "serve": "Serve a bundle over gRPC until SIGTERM or Ctrl-C, then finish what is under way.",
     "rank": "Rank one request from a file against a server, or print an example of one.",
+    "evaluate": "Measure a run or a bundle on log files: AUC, log loss, calibration, whole and by slice.",
+    "replay": "Score a served request log again: parity, changed order, and quality if labels are given.",
     "doctor": "Show what this machine can run, what is missing, and the line that mends it.",
 }
 

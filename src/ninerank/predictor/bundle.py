@@ -126,7 +126,7 @@ def export_bundle(
             say("scoring golden rows")
             rows = _golden_rows(spec, golden)
             groups = dict(model.embedding.named_groups())
-            batch = Transform(spec).batch(rows).to(next(iter(groups.values())).storage.device)
+            batch = Transform(spec).batch(rows, labels=False).to(next(iter(groups.values())).storage.device)
             with torch.inference_mode():
                 inputs = model.embedding(batch)
                 scores_BT = torch.sigmoid(model.tower(inputs)).to(torch.float32).cpu().numpy()

@@ -71,7 +71,7 @@ class Engine:
 
     def score(self, rows: pa.RecordBatch) -> npt.NDArray[np.float32]:
         """scores_BT of rows that hold user and item columns side by side, as a training log does. Raises DataError."""
-        return self._scores(self._transform.batch(rows), time.perf_counter_ns())[0]
+        return self._scores(self._transform.batch(rows, labels=False), time.perf_counter_ns())[0]
 
     def check_golden(self, bundle: Bundle) -> None:
         """Raise BundleError unless the golden rows get their scores, both as rows and as a request; this also warms the engine."""

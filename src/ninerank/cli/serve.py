@@ -1,0 +1,63 @@
+"""`ninerank serve`: a bundle behind a gRPC port."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from ninerank.predictor.server import Ports, PredictorServer
+
+
+def run(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory that `ninerank export` wrote.")],
+    port: Annotated[int, typer.Option("--port", "-p", min=0, max=65535, help="gRPC port; 0: a free one.")] = 50051,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all of them.")] = "127.0.0.1",
+    metrics_port: Annotated[int | None, typer.Option(min=0, max=65535, help="HTTP port of /metrics; 0: a free one. Default: none.")] = None,
+    items: Annotated[Path | None, typer.Option(help="Parquet file of item features, so that requests may send ids alone.")] = None,
+    item_key: Annotated[str | None, typer.Option(help="Column of --items that holds the ids; default: the first item id feature.")] = None,
+    cache_mb: Annotated[int, typer.Option(min=1, help="Bound of the feature cache in MB.")] = 1024,
+    log_dir: Annotated[Path | None, typer.Option("--log", help="Directory of the request log (Parquet), for `ninerank replay`.")] = None,
+    log_sample: Annotated[float, typer.Option(min=0, max=1, help="Share of requests that are logged.")] = 1.0,
+    log_seconds: Annotated[float, typer.Option(min=0.1, help="Close a log file after this many seconds.")] = 60.0,
+    workers: Annotated[int, typer.Option(min=1, max=256, help="Requests computed at once, by one thread each.")] = 2,
+    max_pending: Annotated[int, typer.Option(min=1, help="Requests taken in at once; the next one is refused.")] = 256,
+    max_candidates: Annotated[int, typer.Option(min=1, help="Candidates that a request may have.")] = 10_000,
+    max_message_mb: Annotated[int, typer.Option(min=1, max=2047, help="Size that a request may have, in MB.")] = 16,
+    drain_seconds: Annotated[float, typer.Option(min=0, help="How long the end waits for requests under way.")] = 10.0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda[:i] or npu[:i].")] = "auto",
+) -> None:
+    """Serve a bundle over gRPC until SIGTERM or Ctrl-C, then finish what is under way."""
+    from ninerank.predictor.server import ServeConfig, serve
+
+    config = ServeConfig.parse(
+        {
+            "host": host,
+            "port": port,
+            "metrics_port": metrics_port,
+            "device": device,
+            "workers": workers,
+            "max_pending": max_pending,
+            "max_message_bytes": max_message_mb << 20,
+            "max_candidates": max_candidates,
+            "items": items,
+            "item_key": item_key,
+            "cache_bytes": cache_mb << 20,
+            "log_dir": log_dir,
+            "log": {"sample_rate": log_sample, "max_seconds": log_seconds},
+            "drain_s": drain_seconds,
+        },
+        "serve",
+    )
+    serve(bundle, config, ready=_announce)
+    print("stopped", flush=True)
+
+
+def _announce(server: "PredictorServer", ports: "Ports") -> None:
+    """The line that scripts wait for; the ports are the last words of what they read."""
+    manifest, host = server.engine.manifest, server.config.host
+    print(f"serving {manifest.model_name} {manifest.model_version} on {server.engine.device.name} at {host}:{ports.grpc}", flush=True)
+    if server.cache is not None:
+        print(f"feature cache: {server.cache.stats().entities:,} items by {server.cache.key}", flush=True)
+    if ports.metrics is not None:
+        print(f"metrics at http://{host}:{ports.metrics}/metrics", flush=True)
