@@ -108,7 +108,12 @@ class Trainer:
         Raises TrainingInterrupted after SIGINT or SIGTERM, once a checkpoint is saved.
         """
         started_s = time.monotonic()
-        with self.display, self._history, self._interrupts.caught():
+        keep = self.progress.step
+        with (
+            self.display,
+            History(self.run.path, tensorboard=self.recipe.log.tensorboard, keep_to_step=keep) as self._history,
+            self._interrupts.caught(),
+        ):
             while not self._is_finished():
                 self._train_epoch()
                 self._end_epoch()
@@ -249,7 +254,6 @@ class Trainer:
         checkpoint = self.store.load(resume if isinstance(resume, str) else None) if resume else None
         if checkpoint is not None:
             self._restore(checkpoint)
-        self._history = History(self.run.path, tensorboard=recipe.log.tensorboard, keep_to_step=self.progress.step)
 
     def _fit_spec(self) -> FeatureSpec:
         with self.display.stage("fit spec", None) as stage:
