@@ -19,7 +19,7 @@ from ninerank.embedding.dynamic.native import AHEAD, mix64, prefetch
 from ninerank.embedding.dynamic.reserve import Region
 from ninerank.features.native import jit
 
-__all__ = ["IdMap", "seek"]
+__all__ = ["IdMap", "Ints", "home", "seek"]
 
 Ints = npt.NDArray[np.int64]
 

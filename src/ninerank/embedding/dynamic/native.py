@@ -20,21 +20,22 @@ M1, M2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 S27, S30, S31 = (np.uint64(n) for n in (27, 30, 31))
 
 
-@intrinsic
-def prefetch(typingctx: Any, array: Any, index: Any) -> Any:  # noqa: ARG001 - Numba's signature
+def _prefetch(typingctx: Any, array: Any, index: Any) -> Any:
     """Ask for the cache line of element `index` (int64) of a C-contiguous array's memory; never faults."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
         byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
         address = builder.bitcast(builder.gep(data, [arguments[1]]), byte)
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(ir.VoidType(), [byte, word, word, word]), "llvm.prefetch.p0"
-        )
+        function_type = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+        function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")  # type: ignore[no-untyped-call]
         builder.call(function, [address, word(0), word(3), word(1)])
         return context.get_dummy_value()
 
     return types.void(array, types.int64), codegen
+
+
+prefetch: Any = intrinsic(_prefetch)
 
 
 @jit

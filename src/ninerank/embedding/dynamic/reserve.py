@@ -8,6 +8,7 @@ returned as soon as it is copied, so that the move needs one block more than the
 import logging
 import mmap
 import sys
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -81,14 +82,12 @@ class RowArray:
             old_region.release(first * self.row_bytes, stop * self.row_bytes)
         logger.info("moved %d rows of %d bytes into a reservation of %d rows", used, self.row_bytes, self.num_rows)
 
-    def _reserve(self, num_rows: int, *, least_rows: int) -> tuple[Region, npt.NDArray[np.generic]]:
-        while True:
-            try:
-                region = Region(num_rows * self.row_bytes)
-                break
-            except MemoryError:
-                if num_rows <= least_rows:
-                    raise
-                num_rows = max(least_rows, num_rows // 2)
+    def _reserve(self, num_rows: int, *, least_rows: int) -> tuple[Region, npt.NDArray[Any]]:
+        try:
+            region = Region(num_rows * self.row_bytes)
+        except MemoryError:
+            if num_rows <= least_rows:
+                raise
+            return self._reserve(max(least_rows, num_rows // 2), least_rows=least_rows)
         flat = np.frombuffer(region.memory, self._dtype, count=num_rows * max(self._width, 1))
         return region, flat.reshape(num_rows, self._width) if self._width else flat

@@ -1,0 +1,42 @@
+"""Embedding tables of raw 64-bit ids: hash map, admission, eviction, growing storage, state by id.
+
+config.py     DynamicTableConfig          admission.py, eviction.py   policies
+table.py      DynamicTable: lookup, rows, update, finish_step, state
+idmap.py      id -> row                   storage.py, reserve.py      rows that grow without copies
+initial.py    first values from the id    rules.py                    the seam to optimizers
+state.py      states by raw id, dealt out to any number of processes
+source.py     delta export
+"""
+
+from ninerank.embedding.dynamic.admission import Always, BloomCounter, ExactCounter, Frequency, Probability
+from ninerank.embedding.dynamic.config import DynamicTableConfig
+from ninerank.embedding.dynamic.eviction import Capacity, LastSeen, LeastFrequent
+from ninerank.embedding.dynamic.idmap import IdMap
+from ninerank.embedding.dynamic.initial import initial_values
+from ninerank.embedding.dynamic.rules import SparseRule, StateSpec, UpdateRule
+from ninerank.embedding.dynamic.source import DynamicSource
+from ninerank.embedding.dynamic.state import reshard, shard_of
+from ninerank.embedding.dynamic.statistics import DynamicTableStatistics
+from ninerank.embedding.dynamic.table import DynamicTable
+
+__all__ = [
+    "Always",
+    "BloomCounter",
+    "Capacity",
+    "DynamicSource",
+    "DynamicTable",
+    "DynamicTableConfig",
+    "DynamicTableStatistics",
+    "ExactCounter",
+    "Frequency",
+    "IdMap",
+    "LastSeen",
+    "LeastFrequent",
+    "Probability",
+    "SparseRule",
+    "StateSpec",
+    "UpdateRule",
+    "initial_values",
+    "reshard",
+    "shard_of",
+]

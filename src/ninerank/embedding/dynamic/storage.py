@@ -1,0 +1,169 @@
+"""Rows of a dynamic table: values and optimizer state of every group, and the book kept of each row.
+
+Row r means the same id in every group. Row 0 is the default row, all zeros, that ids without a row read; it is never updated.
+Rows that are given up go to a free list and are the first to be given out again.
+
+Bytes per row: 24 for the book, plus 4 (D + W) per group of dim D and state width W. Shape legend: V reserved rows, D embedding dim.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ninerank.embedding.changes import Column, RowBlock
+from ninerank.embedding.dynamic.idmap import Ints
+from ninerank.embedding.dynamic.initial import fill_rows, initial_key
+from ninerank.embedding.dynamic.native import AHEAD, prefetch
+from ninerank.embedding.dynamic.reserve import RowArray
+from ninerank.embedding.dynamic.rules import StateSpec
+from ninerank.features.native import jit
+
+__all__ = ["BOOK", "RowStorage"]
+
+# count: lookups in training since the row was given to the id, 0 for a free row. version: the table's version when the row last changed.
+BOOK = np.dtype([("id", np.int64), ("last_seen", np.int64), ("count", np.uint32), ("version", np.uint32)])
+GREATEST_COUNT = np.uint32(0xFFFFFFFF)
+BOOK_WORDS = BOOK.itemsize // 8
+
+
+@jit
+def _open(book, rows, ids, now):  # type: ignore[no-untyped-def]
+    for i in range(rows.shape[0]):
+        entry = book[rows[i]]
+        entry.id, entry.last_seen, entry.count = ids[i], now, 0
+
+
+@jit
+def _touch(book, words, rows, now, version):  # type: ignore[no-untyped-def]
+    """Note one occurrence of each row in `rows`; row 0 stands for ids without one."""
+    count = rows.shape[0]
+    for i in range(count):
+        if i + AHEAD < count:
+            prefetch(words, rows[i + AHEAD] * BOOK_WORDS)
+        if rows[i] == 0:
+            continue
+        entry = book[rows[i]]
+        if entry.count < GREATEST_COUNT:
+            entry.count += np.uint32(1)
+        entry.last_seen = max(entry.last_seen, now)
+        entry.version = version
+
+
+@jit
+def _mark(book, rows, version):  # type: ignore[no-untyped-def]
+    for i in range(rows.shape[0]):
+        book[rows[i]].version = version
+
+
+class RowStorage:
+    """Arrays of one table, addressed by row."""
+
+    def __init__(
+        self, table: str, dims: Mapping[str, int], states: Mapping[str, Mapping[str, StateSpec]], *, std: float, seed: int, rows: int
+    ) -> None:
+        self.used = 1
+        self.free, self.num_free = np.empty(0, np.int64), 0
+        self._std = np.float32(std)
+        self._keys = {group: initial_key(seed, group, table) for group in dims}
+        self._states = {group: dict(states.get(group, {})) for group in dims}
+        self._book = RowArray(rows, 0, BOOK)
+        self._values = {group: RowArray(rows, dim, np.float32) for group, dim in dims.items()}
+        self._arrays = {
+            group: {name: RowArray(rows, spec.width, np.float32) for name, spec in specs.items()} for group, specs in self._states.items()
+        }
+
+    @property
+    def book(self) -> npt.NDArray[Any]:
+        """Records (used,) of dtype BOOK."""
+        return self._book.rows[: self.used]
+
+    def values(self, group: str) -> Tensor:
+        """float32 (used, D), a view until rows are added."""
+        return torch.from_numpy(self._values[group].rows[: self.used])
+
+    def states(self, group: str) -> dict[str, Tensor]:
+        """Name -> float32 (used, W), views until rows are added."""
+        return {name: torch.from_numpy(array.rows[: self.used]) for name, array in self._arrays[group].items()}
+
+    def state_specs(self, group: str) -> Mapping[str, StateSpec]:
+        return self._states[group]
+
+    @property
+    def row_bytes(self) -> int:
+        return sum(array.row_bytes for array in self._all())
+
+    def ensure(self, new_rows: int) -> None:
+        """Have address space for so many rows more than are in use."""
+        for array in self._all():
+            array.ensure(self.used + max(0, new_rows - self.num_free), self.used)
+
+    def open(self, rows: Ints, ids: Ints, now: int) -> None:
+        """Give rows to ids: first values and fresh optimizer state."""
+        _open(self._book.rows, rows, ids, now)
+        for group, array in self._values.items():
+            fill_rows(array.rows, rows, ids, self._keys[group], self._std)
+            for name, spec in self._states[group].items():
+                self._arrays[group][name].rows[rows] = spec.fill
+
+    def touch(self, rows: Ints, now: int, version: int) -> None:
+        """Note one occurrence in training of each row in `rows`."""
+        book = self._book.rows
+        _touch(book, book.view(np.int64), rows, now, np.uint32(version))
+
+    def mark(self, rows: Ints, version: int) -> None:
+        """Note that rows changed."""
+        _mark(self._book.rows, rows, np.uint32(version))
+
+    def close(self, rows: Ints) -> None:
+        """Take rows from their ids."""
+        self._book.rows["count"][rows] = 0
+        if self.num_free + len(rows) > len(self.free):
+            grown = np.empty(max(2 * len(self.free), self.num_free + len(rows)), np.int64)
+            grown[: self.num_free] = self.free[: self.num_free]
+            self.free = grown
+        self.free[self.num_free : self.num_free + len(rows)] = rows
+        self.num_free += len(rows)
+
+    def live(self) -> Ints:
+        """Rows that belong to an id."""
+        return np.flatnonzero(self.book["count"])
+
+    def columns(self, *, state: bool) -> dict[str, Column]:
+        """Columns that `gather` can give: values of every group; with `state` also optimizer state, last_seen and count."""
+        columns = {f"value.{group}": Column("float32", array.row_bytes // 4) for group, array in self._values.items()}
+        if state:
+            for group, specs in self._states.items():
+                columns |= {f"state.{group}.{name}": Column("float32", spec.width) for name, spec in specs.items()}
+            columns |= {"last_seen": Column("int64", 0), "count": Column("int64", 0)}
+        return columns
+
+    def gather(self, rows: Ints, *, state: bool) -> RowBlock:
+        """Copies of rows, ids beside their columns."""
+        book = self.book[rows]
+        columns: dict[str, npt.NDArray[Any]] = {name: array[rows] for name, array in self._floats(state=state)}
+        if state:
+            columns |= {"last_seen": book["last_seen"].copy(), "count": book["count"].astype(np.int64)}
+        return RowBlock(book["id"].copy(), columns)
+
+    def scatter(self, rows: Ints, columns: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Write columns, as `gather` gives them, into rows."""
+        for name, array in self._floats(state=True):
+            if name in columns:
+                array[rows] = columns[name]
+        for name in ("last_seen", "count"):
+            if name in columns:
+                self.book[name][rows] = columns[name]
+
+    def _floats(self, *, state: bool) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+        for group, array in self._values.items():
+            yield f"value.{group}", array.rows
+        for group, arrays in self._arrays.items() if state else ():
+            for name, array in arrays.items():
+                yield f"state.{group}.{name}", array.rows
+
+    def _all(self) -> list[RowArray]:
+        return [self._book, *self._values.values(), *(array for arrays in self._arrays.values() for array in arrays.values())]
