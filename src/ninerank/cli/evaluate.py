@@ -27,9 +27,9 @@ def run(
     """Measure a trained run or a bundle on log files: AUC, log loss, calibration, whole and by slice."""
     from ninerank.cli.progress import progress_bar
     from ninerank.evaluation.evaluate import evaluate
-    from ninerank.evaluation.report import evaluation_page, write_page
+    from ninerank.evaluation.page import write_text
+    from ninerank.evaluation.report import evaluation_page
     from ninerank.evaluation.scorer import open_scorer
-    from ninerank.features.atomic import replacing
     from ninerank.features.reader import Reader
 
     scorer = open_scorer(model, device)
@@ -41,11 +41,9 @@ def run(
         found = evaluate(scorer, reader.epoch(), data=[str(path) for path in data], slices=columns, max_values=max_values, on_rows=on_rows)
     text = json.dumps(found.as_dict(), indent=1, allow_nan=False, ensure_ascii=False)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(out) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+        write_text(out, text + "\n")
     if report is not None:
-        write_page(report, evaluation_page(found))
+        write_text(report, evaluation_page(found))
     if as_json:
         print(text)
         return
@@ -55,14 +53,12 @@ def run(
 
 
 def _print(found: "Evaluation") -> None:
-    from rich.console import Console
+    from ninerank.cli.tables import output, quality_table
 
-    from ninerank.cli.tables import quality_table
-
-    console = Console()
+    console = output()
     model = found.model
     speed = f"{found.rows:,} rows, {found.rows / found.seconds:,.0f} rows/s on {model.device}"
-    console.print(f"{model.kind} {model.name} {model.version}: {speed}", highlight=False, markup=False)
+    console.print(f"{model.kind} {model.name} {model.version}: {speed}", markup=False)
     for task in found.tasks:
         console.print(quality_table(task.label, {"all": task.summary}))
         for column, own in task.slices.items():

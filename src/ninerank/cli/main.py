@@ -124,7 +124,7 @@ class _StandardError(logging.StreamHandler):  # type: ignore[type-arg]
     """Writes to whatever sys.stderr is at the moment, so that a line lands above a live progress bar and not in it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.setStream(sys.stderr)
+        self.stream = sys.stderr  # setStream would flush the old one, which may be closed
         super().emit(record)
 
 

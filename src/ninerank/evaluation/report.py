@@ -1,31 +1,19 @@
-"""One self-contained HTML page: no scripts, nothing loaded from elsewhere, readable without knowing the metrics."""
+"""Reports of an evaluation and of a replay, each one self-contained HTML page, readable without knowing the metrics."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime, timezone
+from collections.abc import Iterable, Mapping
 from html import escape
-from importlib.resources import files
-from pathlib import Path
 
-from ninerank import __version__
-from ninerank.evaluation.charts import calibration_chart, histogram_chart, percent, roc_chart
+from ninerank.evaluation.charts import bar_chart, calibration_chart, histogram_chart, percent, roc_chart
 from ninerank.evaluation.evaluate import Evaluation, TaskEvaluation
+from ninerank.evaluation.page import chart_card, facts_section, glossary, number, page, table_section, tiles
 from ninerank.evaluation.quality import Quality, Summary
-from ninerank.evaluation.scorer import ModelInfo
-from ninerank.features.atomic import replacing
+from ninerank.evaluation.replay import Replay
 
-__all__ = ["chart_card", "evaluation_page", "page", "quality_section", "tiles", "write_page"]
+__all__ = ["evaluation_page", "replay_page"]
 
 # Below this rate of positives scores crowd near 0 and are drawn on a square-root scale.
 ROOT_SCALE_BELOW = 0.15
-GLOSSARY = {
-    "AUC": "chance that a random positive row scores above a random negative one; 0.5 is guessing, 1 is perfect",
-    "GAUC": "AUC within each group (user, request), averaged by the rows of the groups that hold both classes",
-    "Log loss": "mean penalty for improbable answers, in nats; lower is better",
-    "NE": "log loss divided by that of always predicting the average rate; below 1 is better than the average",
-    "PCOC": "predicted over observed positives; 1 is calibrated, 1.1 predicts 10% too many",
-    "ECE": "mean distance between predicted and observed rate over 20 buckets of equal size",
-}
 
 
 def evaluation_page(evaluation: Evaluation) -> str:
@@ -34,7 +22,9 @@ def evaluation_page(evaluation: Evaluation) -> str:
     title = f"{model.name} {model.version}"
     sections = [section for task in evaluation.tasks for section in task_sections(task, single=len(evaluation.tasks) == 1)]
     facts = {
-        **model_facts(model),
+        "Model": f"{model.name} {model.version} ({model.kind})",
+        "Source": model.source,
+        "Spec digest": model.spec_digest,
         "Data": ", ".join(evaluation.data),
         "Rows": f"{evaluation.rows:,}",
         "Time": f"{evaluation.seconds:.1f} s on {model.device}, {evaluation.rows / evaluation.seconds:,.0f} rows/s",
@@ -72,12 +62,12 @@ def quality_section(quality: Quality, summary: Summary) -> str:
     root = summary.positive_rate < ROOT_SCALE_BELOW
     high = _score_range(quality)
     numbers = {
-        "AUC": (_number(summary.auc), "ranking, 1 is perfect"),
-        **({} if summary.gauc is None else {"GAUC": (_number(summary.gauc), "ranking within groups")}),
-        "Log loss": (_number(summary.logloss), "lower is better"),
-        "NE": (_number(summary.ne), "below 1 beats the average"),
-        "PCOC": (_number(summary.pcoc, 3), "predicted / observed"),
-        "ECE": (_number(summary.ece), "calibration error"),
+        "AUC": (number(summary.auc), "ranking, 1 is perfect"),
+        **({} if summary.gauc is None else {"GAUC": (number(summary.gauc), "ranking within groups")}),
+        "Log loss": (number(summary.logloss), "lower is better"),
+        "NE": (number(summary.ne), "below 1 beats the average"),
+        "PCOC": (number(summary.pcoc, 3), "predicted / observed"),
+        "ECE": (number(summary.ece), "calibration error"),
         "Positives": (percent(summary.positive_rate, 2), f"of {summary.rows:,} rows"),
     }
     calibrated = calibration_chart(quality.buckets(), root=root)
@@ -92,88 +82,91 @@ def quality_section(quality: Quality, summary: Summary) -> str:
 
 def slice_table(column: str, found: Mapping[str, Summary], whole: Summary) -> str:
     """Metrics by value of one column, with the whole on top."""
-    with_gauc = whole.gauc is not None
-    heads = ["rows", "positives", "mean score", "AUC", *(["GAUC"] if with_gauc else []), "log loss", "NE", "PCOC"]
     widest = max((own.rows for own in found.values()), default=1)
-    body = [_slice_row("all", whole, with_gauc, 0, "all")]
-    body += [_slice_row(value, own, with_gauc, own.rows / widest, "") for value, own in found.items()]
-    head = "".join(f"<th>{escape(name)}</th>" for name in (column, *heads))
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
-    return f'<h2>By {escape(column)}</h2><div class="card scroll">{table}</div>'
+    rows = [_row("all", whole), *(_row(value, own, own.rows / widest) for value, own in found.items())]
+    return table_section(f"By {column}", [column, *_heads(whole)], rows, whole=True)
 
 
-def _slice_row(value: str, own: Summary, with_gauc: bool, share: float, style: str) -> str:
+def _heads(whole: Summary) -> list[str]:
+    return ["rows", "positives", "mean score", "AUC", *(["GAUC"] if whole.gauc is not None else []), "log loss", "NE", "PCOC"]
+
+
+def _row(name: str, own: Summary, share: float = 0) -> list[str]:
     bar = f'<span class="bar" style="width:{max(2, round(56 * share))}px"></span>' if share else ""
-    cells = [
+    return [
+        escape(name),
         f"{own.rows:,}{bar}",
         f"{own.positive_rate:.2%}",
         f"{own.mean_score:.2%}",
-        _number(own.auc),
-        *([_number(math.nan if own.gauc is None else own.gauc)] if with_gauc else []),
-        _number(own.logloss),
-        _number(own.ne),
-        _number(own.pcoc, 3),
+        number(own.auc),
+        *([] if own.gauc is None else [number(own.gauc)]),
+        number(own.logloss),
+        number(own.ne),
+        number(own.pcoc, 3),
     ]
-    return f'<tr class="{style}"><td>{escape(value)}</td>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
 
 
-def tiles(numbers: Mapping[str, tuple[str, str]]) -> str:
-    """Big numbers: name -> (number, note)."""
-    cards = [
-        f'<div class="card tile"><div class="name">{escape(name)}</div><div class="number">{escape(number)}</div>'
-        f'<div class="note">{escape(note)}</div></div>'
-        for name, (number, note) in numbers.items()
-    ]
-    return f'<div class="tiles">{"".join(cards)}</div>'
-
-
-def chart_card(title: str, hint: str, svg: str) -> str:
-    return f'<figure class="card"><h3>{escape(title)}</h3><div class="hint">{escape(hint)}</div>{svg}</figure>'
-
-
-def model_facts(model: ModelInfo) -> dict[str, str]:
-    return {
-        "Model": f"{model.name} {model.version} ({model.kind})",
-        "Source": model.source,
-        "Spec digest": model.spec_digest or "not told by the endpoint",
-    }
-
-
-def facts_section(facts: Mapping[str, str]) -> str:
-    rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
-    return f'<h2>What was measured</h2><dl class="card">{rows}</dl>'
-
-
-def glossary(names: Sequence[str] = tuple(GLOSSARY)) -> str:
-    rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(GLOSSARY[name])}</dd>" for name in names)
-    return f'<h2>How to read the numbers</h2><dl class="card">{rows}</dl>'
-
-
-def page(title: str, kind: str, sections: Iterable[str]) -> str:
-    """The whole document; sections are HTML, title and kind are plain text."""
-    style = files("ninerank.evaluation").joinpath("report.css").read_text(encoding="utf-8")
-    made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta name="color-scheme" content="light dark"><title>{escape(kind)}: {escape(title)}</title><style>{style}</style>'
+def replay_page(replay: Replay) -> str:
+    """HTML page of a replay."""
+    parity = replay.parity
+    served, answered = (
+        ", ".join(f"{name} {version} ({n:,})" for (name, version), n in found.items()) for found in (replay.served, replay.answered)
     )
-    body = f'<h1>{escape(title)}</h1><div class="kind">{escape(kind)}, {made}</div>{"".join(sections)}'
-    footer = f"<footer>Written by Ninerank {__version__}.</footer>"
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body><main>{body}{footer}</main></body></html>\n'
+    facts = {
+        "Log": replay.log,
+        "Served by": f"{served} requests",
+        f"Scored again by {replay.kind}": f"{answered} requests, {replay.source}",
+        "Spec digest": replay.spec_digest or "not told by the endpoint",
+        "Time": f"{replay.seconds:.1f} s, {parity.num_requests / replay.seconds:,.0f} requests/s",
+        **({} if replay.joined is None else {"Labels": ", ".join(f"{n:,} {name}" for name, n in replay.joined.as_dict().items())}),
+    }
+    names, counts = zip(*parity.histogram(), strict=True)
+    chart = chart_card(
+        "Score differences", "How many scores moved by how much.", bar_chart(names, counts, "size of the difference", "scores")
+    )
+    sections = [_parity_verdict(replay), _parity_tiles(replay), f'<div class="charts">{chart}</div>']
+    for task, again in replay.again.items():
+        logged, now = replay.logged[task].summary(), again.summary()
+        sections += [
+            f"<h2>Quality: {escape(task)}</h2>",
+            f'<p class="verdict">{verdict(now, task)}</p>',
+            quality_section(again, now),
+            table_section("As served and scored again", ["scores", *_heads(now)], [_row("as served", logged), _row("scored again", now)]),
+        ]
+    return page(replay.log, "Replay", [*sections, facts_section(facts), *([glossary()] if replay.again else [])])
 
 
-def write_page(path: str | Path, html: str) -> None:
-    """Write the page under a temporary name and rename it."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_text(html, encoding="utf-8")
+def _parity_verdict(replay: Replay) -> str:
+    parity, worst = replay.parity, replay.parity.worst
+    badge = '<span class="badge good">PASS</span>' if replay.passed else '<span class="badge bad">FAIL</span>'
+    if replay.passed:
+        text = f"Every one of {parity.num_scores:,} logged scores came out the same, to within {replay.tolerance:g}."
+    else:
+        text = f"Scores came out differently: by up to {parity.largest:.3g}, where {replay.tolerance:g} is allowed."
+    place = ""
+    if worst is not None and not replay.passed:
+        place = (
+            f'<p class="hint">Largest in request <code>{escape(worst.request_id)}</code>, candidate {worst.index}: '
+            f"{worst.logged:.9g} as served, {worst.again:.9g} now.</p>"
+        )
+    return f'<p class="verdict">{badge} {text}</p>{place}'
+
+
+def _parity_tiles(replay: Replay) -> str:
+    parity = replay.parity
+    return tiles(
+        {
+            "Largest difference": (f"{parity.largest:.2g}", f"tolerance {replay.tolerance:g}"),
+            "Mean difference": (f"{parity.mean:.2g}", f"of {parity.num_scores:,} scores"),
+            "Requests": (f"{parity.num_requests:,}", f"{parity.num_candidates:,} candidates"),
+            "Rank changed": (f"{parity.num_flipped:,}", "candidates"),
+            "Order changed": (f"{parity.num_reordered:,}", "requests"),
+            "Best changed": (f"{parity.num_top_changed:,}", "requests"),
+        }
+    )
 
 
 def _score_range(quality: Quality) -> float:
     """Where the histogram ends: above all but a thousandth of the scores, and never beyond 1."""
     fine = quality.histogram.equal_mass(1000)
     return min(1.0, float(fine.high_K[-2] if len(fine.high_K) > 900 else fine.high_K[-1])) if len(fine.high_K) else 1.0
-
-
-def _number(value: float, digits: int = 4) -> str:
-    return f"{value:.{digits}f}" if math.isfinite(value) else "–"

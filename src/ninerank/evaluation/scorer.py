@@ -27,13 +27,13 @@ __all__ = ["BundleScorer", "ModelInfo", "RunScorer", "Scorer", "open_scorer"]
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What was evaluated. kind: run, bundle or endpoint. spec_digest: None for an endpoint, which does not tell it."""
+    """What was evaluated. kind: run or bundle."""
 
     source: str
     kind: str
     name: str
     version: str
-    spec_digest: str | None
+    spec_digest: str
     device: str
 
 
