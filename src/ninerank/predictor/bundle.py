@@ -37,7 +37,7 @@ from ninerank.errors import BundleError, SpecError
 from ninerank.features.spec import FeatureSpec, Side
 from ninerank.features.transform import Transform
 from ninerank.predictor.graph import DenseGraph, export_graph
-from ninerank.predictor.manifest import MANIFEST, FileEntry, Manifest, hash_file
+from ninerank.predictor.manifest import MANIFEST, FileEntry, Manifest, check_label, hash_file
 from ninerank.predictor.request import RequestSchema
 from ninerank.towers.model import RankingModel
 
@@ -118,6 +118,8 @@ def export_bundle(
     """
     from ninerank.predictor.engine import Engine  # the engine reads bundles, this is the one place that looks the other way
 
+    check_label("model name", model_name)
+    check_label("model version", version)
     say = progress or (lambda _: None)
     was_training = model.training
     model.eval()
@@ -235,6 +237,7 @@ def _sync_all(directory: Path) -> dict[str, FileEntry]:
     files: dict[str, FileEntry] = {}
     for path in sorted(directory.rglob("*")):
         if path.is_file():
+            path.chmod(0o644)  # whoever exports is often not who serves, and some writers make files for their owner alone
             _sync(path)
             files[path.relative_to(directory).as_posix()] = hash_file(path)
     return files

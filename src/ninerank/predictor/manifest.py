@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 from ninerank.config import Config
 from ninerank.errors import BundleError
 
-__all__ = ["MANIFEST", "FileEntry", "Manifest", "hash_file"]
+__all__ = ["MANIFEST", "FileEntry", "Manifest", "check_label", "hash_file"]
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -20,7 +20,8 @@ MAX_MANIFEST_BYTES = 16 << 20
 _PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?")
 Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # What model and version may look like: they name directories, metrics labels and log columns.
-Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length=100)]
+LABEL = r"^[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}$"
+Label = Annotated[str, Field(pattern=LABEL)]
 
 
 class FileEntry(Config):
@@ -98,6 +99,12 @@ class Manifest(Config):
                 raise BundleError(f"{found[name]}: has {actual.size_bytes} bytes, the manifest says {entry.size_bytes}")
             if actual.sha256 != entry.sha256:
                 raise BundleError(f"{found[name]}: is corrupt, SHA-256 {actual.sha256}, the manifest says {entry.sha256}")
+
+
+def check_label(what: str, value: str) -> None:
+    """Raise BundleError unless `value` can be a model's name or version."""
+    if not re.fullmatch(LABEL, value):
+        raise BundleError(f"{what} {value!r}: at most 100 letters, digits and _ . + - are allowed, the first a letter or digit")
 
 
 def hash_file(path: Path) -> FileEntry:

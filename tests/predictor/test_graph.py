@@ -1,0 +1,150 @@
+"""The dense graph: the tower's scores at any size, nothing but data in the file, nothing but pure operators out of it."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ninerank.embedding.collection import EmbeddingCollection, EmbeddingConfig
+from ninerank.errors import BundleError
+from ninerank.features.spec import FeatureSpec
+from ninerank.predictor.graph import DenseGraph, build_graph, export_graph
+from ninerank.towers.config import parse_model
+from ninerank.towers.registry import build_model
+
+CPU = torch.device("cpu")
+
+
+def inputs_of(rows: int, length: int, dims: dict[str, int], num_fields: int, num_dense: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(rows * 1000 + length)
+    inputs = {"dense": torch.randn(rows, num_dense, generator=generator)}
+    for group, dim in dims.items():
+        inputs[group] = torch.randn(rows, num_fields, dim, generator=generator)
+        inputs[f"{group}.seq.history"] = torch.randn(rows, length, dim, generator=generator)
+    inputs["mask.history"] = torch.rand(rows, length, generator=generator) < 0.7
+    return inputs
+
+
+@pytest.mark.parametrize("name", ["lr", "fm", "dnn", "deepfm", "dcnv2", "dlrm", "din"])
+def test_every_model_is_exported_exactly(name: str, spec: FeatureSpec) -> None:
+    mlp = {"hidden": [8, 4], "batch_norm": True, "dropout": 0.1}
+    shapes = {"lr": {}, "fm": {}, "dlrm": {"top": mlp}}.get(name, {"mlp": mlp})
+    config = parse_model({"name": name, **({} if name == "lr" else {"embedding_dim": 4}), **shapes})
+    model = build_model(config, spec, EmbeddingConfig(), seed=1).eval()
+    assert isinstance(model.embedding, EmbeddingCollection)
+    for parameter in model.tower.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    dims = config.groups(1)
+    graph = export_graph(model.tower, inputs_of(2, 3, dims, 6, 2))
+    module = build_graph(DenseGraph(graph.text, graph.weights), CPU)
+    with torch.inference_mode():
+        for rows in (1, 2, 3, 64):
+            for length in (1, 2, 8):
+                inputs = inputs_of(rows, length, dims, 6, 2)
+                scores = torch.sigmoid(module(*[inputs[key] for key in graph.inputs]))
+                assert (scores - torch.sigmoid(model.tower(inputs))).abs().max() <= 1e-6
+
+
+class Odd(nn.Module):
+    """Constants, symbolic sizes, in-place writes, infinities, a buffer outside the state dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.scale = torch.tensor([1.0, 2.0, 3.0, 4.0])
+        self.register_buffer("order", torch.tensor([2, 0, 1, 3]), persistent=False)
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        x = torch.relu_(self.linear(inputs["dense"]))[:, self.order] * self.scale
+        rows = x.shape[0]
+        noise = torch.zeros(rows, 2 * 2, device=x.device)
+        noise[:, 0] = inputs["deep.seq.h"].shape[1]
+        weight = inputs["deep.seq.h"].sum(2).masked_fill(~inputs["mask.h"], float("-inf")).softmax(1).nan_to_num(0.0)
+        return (x + noise.view(rows, -1).to(x.dtype)).sum(1, keepdim=True) + torch.einsum("bl,bld->b", weight, inputs["deep.seq.h"])[
+            :, None
+        ]
+
+
+def odd_inputs(rows: int, length: int) -> dict[str, Tensor]:
+    return {"dense": torch.randn(rows, 4), "deep.seq.h": torch.randn(rows, length, 3), "mask.h": torch.ones(rows, length, dtype=torch.bool)}
+
+
+def test_constants_sizes_and_writes_in_place_survive() -> None:
+    tower = Odd().eval()
+    graph = export_graph(tower, odd_inputs(2, 2))
+    module = build_graph(graph, CPU)
+    for rows, length in ((1, 1), (5, 1), (1, 6), (33, 4)):
+        inputs = odd_inputs(rows, length)
+        with torch.inference_mode():
+            assert torch.equal(module(*inputs.values()), tower(inputs))
+
+
+def test_the_file_holds_no_paths_and_no_code() -> None:
+    text = export_graph(Odd().eval(), odd_inputs(2, 2)).text
+    assert ".py" not in text
+    assert "/" not in text
+    assert {node["op"].partition(".")[0] for node in json.loads(text)["nodes"]} <= {"aten", "operator", "torch"}
+
+
+class Branching(nn.Module):
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        if inputs["dense"].sum() > 0:
+            return inputs["dense"]
+        return -inputs["dense"]
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        self.calls += 1
+        return inputs["dense"] * self.calls
+
+
+@pytest.mark.parametrize(("tower", "message"), [(Branching(), "cannot take tower Branching"), (Counting(), "changes its own state")])
+def test_towers_that_are_no_graph_are_refused(tower: nn.Module, message: str) -> None:
+    with pytest.raises(BundleError, match=message):
+        export_graph(tower, {"dense": torch.randn(2, 4)})
+
+
+def node(op: str, *args: Any, name: str = "n", **kwargs: Any) -> dict[str, Any]:
+    return {"name": name, "op": op, "args": list(args), "kwargs": kwargs}
+
+
+X = {"input": "dense"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "has format 2, this version reads 1"),
+        ({"nodes": [node("torch.load", "/etc/passwd")]}, "operator 'torch.load' is unknown here or not allowed"),
+        ({"nodes": [node("aten.from_file.default", "/etc/passwd")]}, "not allowed"),
+        ({"nodes": [node("aten.add_.Tensor", X, X)]}, "not allowed"),
+        ({"nodes": [node("aten.__class__.__init__", X)]}, "not allowed"),
+        ({"nodes": [node("os.system", "true")]}, "not allowed"),
+        ({"nodes": [node("operator.attrgetter", "x")]}, "not allowed"),
+        ({"nodes": [node("aten.relu.default", X, name="a); import os; (b")]}, "is no name of a node"),
+        ({"nodes": [node("aten.relu.default", {"ref": "later"})]}, "malformed"),
+        ({"nodes": [node("aten.relu.default", {"weight": "missing"})]}, "malformed"),
+        ({"nodes": [node("aten.to.dtype", X, {"dtype": "load"})]}, "'load' is no dtype"),
+        ({"nodes": [node("aten.relu.default", {"input": "dense", "ref": "x"})]}, "malformed"),
+        ({"nodes": "x"}, "malformed"),
+        ({"output": {"ref": "nothing"}}, "malformed"),
+    ],
+)
+def test_files_that_ask_for_more_are_refused(change: dict[str, Any], message: str) -> None:
+    sound = {"format": 1, "inputs": ["dense"], "nodes": [node("aten.relu.default", X)], "output": {"ref": "n"}}
+    assert build_graph(DenseGraph(json.dumps(sound), {}), CPU)(torch.tensor([-1.0])).item() == 0
+    with pytest.raises(BundleError, match=message):
+        build_graph(DenseGraph(json.dumps({**sound, **change}), {}), CPU)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "nonsense", "[" * 100_000])
+def test_text_that_is_no_graph_is_refused(text: str) -> None:
+    with pytest.raises(BundleError, match="dense graph"):
+        build_graph(DenseGraph(text, {}), CPU)
