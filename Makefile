@@ -25,6 +25,10 @@ test: ## all tests but the slow ones, doctests included: ARGS="-m slow", ARGS=te
 	@$(SETUP) --for test
 	$(BIN)/python -m pytest $(ARGS)
 
+test-kernels: ## all tests of the operators, slow ones too, through every kernel that this machine can run
+	@$(SETUP) --for test
+	$(BIN)/python -m pytest tests/fusion -m "slow or not slow" $(ARGS)
+
 lint: ## ruff, format, types, layers
 	@$(SETUP) --for test
 	$(BIN)/ruff check $(SOURCES)

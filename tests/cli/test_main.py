@@ -121,7 +121,7 @@ def test_a_missing_extra_is_named(verb: Callable[..., None], capsys: pytest.Capt
     verb(fail)
     code, _, err = run("probe", capsys=capsys)
     assert code == 1
-    assert err == "error: grpc is not installed; it comes with: pip install 'ninerank[serve]'\n"
+    assert err == "error: grpc is not installed; this brings it: pip install 'ninerank[serve]'\n"
 
 
 def test_our_own_faults_are_not_hidden(verb: Callable[..., None]) -> None:

@@ -27,18 +27,21 @@ VERBS = {
     "doctor": "Show what this machine can run, what is missing, and the line that mends it.",
 }
 
-# What an extra brings, by import name: a verb that meets its absence says which extra to install.
-_EXTRAS = {
-    "grpc": "serve",
-    "grpc_health": "serve",
-    "grpc_reflection": "serve",
-    "google": "serve",
-    "prometheus_client": "serve",
-    "redis": "serve",
-    "matplotlib": "report",
-    "tensorboard": "report",
-    "torchrec": "cuda",
-    "fbgemm_gpu": "cuda",
+# A verb that meets the absence of an optional package says what brings it.
+_SERVE, _REPORT, _DOCTOR = "pip install 'ninerank[serve]'", "pip install 'ninerank[report]'", "ninerank doctor   (it names the line)"
+_BROUGHT_BY = {
+    "grpc": _SERVE,
+    "grpc_health": _SERVE,
+    "grpc_reflection": _SERVE,
+    "google": _SERVE,
+    "prometheus_client": _SERVE,
+    "redis": _SERVE,
+    "matplotlib": _REPORT,
+    "tensorboard": _REPORT,
+    "torch": _DOCTOR,
+    "torchrec": _DOCTOR,
+    "fbgemm_gpu": _DOCTOR,
+    "torch_npu": _DOCTOR,
 }
 
 log = logging.getLogger(__name__)
@@ -53,10 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except NinerankError as error:
         _fail(str(error), error)
     except ModuleNotFoundError as error:
-        extra = _EXTRAS.get((error.name or "").partition(".")[0])
-        if extra is None:
+        line = _BROUGHT_BY.get((error.name or "").partition(".")[0])
+        if line is None:
             raise
-        _fail(f"{error.name} is not installed; it comes with: pip install 'ninerank[{extra}]'", error)
+        _fail(f"{error.name} is not installed; this brings it: {line}", error)
     except OSError as error:
         if error.filename is None:
             raise
