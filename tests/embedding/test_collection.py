@@ -250,3 +250,14 @@ def test_state_holds_one_tensor_per_table_and_loads_into_another_order(spec: Fea
         other.load_state_dict(state)
     with pytest.raises(RuntimeError, match="Unexpected key"):
         other.load_state_dict({**one.state_dict(), "groups.deep.nobody": torch.zeros(1)})
+
+
+def test_collection_over_given_tables_shares_them(spec: FeatureSpec, make_batch: MakeBatch) -> None:
+    trained, batch = collection_of(spec), make_batch(spec, 4, requests=2)
+    tables = {name: group.storage.detach() for name, group in trained.named_groups()}
+    served = EmbeddingCollection.of_tables(spec, tables, EmbeddingConfig())
+    want, got = trained(batch), served(batch)
+    assert all(torch.equal(want[key], value) for key, value in got.items())
+    assert served.named_groups()[0][1].storage.data_ptr() == tables["deep"].data_ptr()
+    with pytest.raises(SpecError, match=r"group 'deep': storage is \(3, 5\), the spec needs \d+ rows"):
+        EmbeddingCollection.of_tables(spec, {"deep": torch.zeros(3, 5)}, EmbeddingConfig())

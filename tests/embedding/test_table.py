@@ -79,7 +79,7 @@ def test_merging_gives_the_same_bits_every_time(threads: int) -> None:
 
 
 def test_two_backward_passes_before_a_merge_add_up() -> None:
-    group = TableGroup("deep", TableLayout.of({"t": 6}), 2, sparse=True, init_std=1.0, seed=0)
+    group = TableGroup.drawn("deep", TableLayout.of({"t": 6}), 2, sparse=True, init_std=1.0, seed=0)
     for _ in range(2):
         group.rows(torch.tensor([1, 1, 4])).sum().backward()
     merged = group.gradients.merged()
@@ -89,7 +89,7 @@ def test_two_backward_passes_before_a_merge_add_up() -> None:
 
 
 def test_a_copy_of_a_group_is_its_own() -> None:
-    group = TableGroup("deep", TableLayout.of({"t": 6, "u": 2}), 2, sparse=True, init_std=1.0, seed=0)
+    group = TableGroup.drawn("deep", TableLayout.of({"t": 6, "u": 2}), 2, sparse=True, init_std=1.0, seed=0)
     twin = copy.deepcopy(group)
     twin.rows(torch.tensor([1])).sum().backward()
     assert group.gradients.merged() is None

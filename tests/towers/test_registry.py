@@ -1,3 +1,4 @@
+import copy
 from typing import Any
 
 import pytest
@@ -49,6 +50,28 @@ def test_every_model_takes_every_kind_of_feature(name: str, mode: str) -> None:
         assert logits.shape == (6, 2)
         logits.sum().backward()
         assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("mode", ["dense", "sparse"])
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_and_backward_need_no_values_when_shapes_are_static(name: str, mode: str) -> None:
+    """On the meta device nothing can be read back: no hidden copy to the host, no shape that depends on data."""
+    meta = torch.device("meta")
+    with meta:
+        config = EmbeddingConfig.parse({"mode": mode, "sequence_length": "max"}, "embedding")
+        model = build_model(parse_model({"name": name}), SPEC, config, seed=1).train()
+    for requests in (6, 2):
+        logits = model(batch(requests, 6).to(meta))
+        logits.sum().backward()
+        assert logits.shape == (6, 2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tower_compiles_as_one_graph(name: str) -> None:
+    model = build_model(parse_model({"name": name}), SPEC, EmbeddingConfig(), seed=1).train()
+    inputs = {key: value.detach() for key, value in model.embedding(batch(6, 6)).items()}
+    reference = copy.deepcopy(model.tower)
+    torch.testing.assert_close(torch.compile(model.tower, backend="eager", fullgraph=True)(inputs), reference(inputs))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -67,10 +67,20 @@ class EmbeddingCollection(nn.Module):
         self.request, self.item = (self._side(spec, side, table_of) for side in SIDES)
         self.groups = nn.ModuleDict(
             {
-                name: TableGroup(name, self.layout, dim, sparse=config.mode == "sparse", init_std=config.init_std, seed=seed)
+                name: TableGroup.drawn(name, self.layout, dim, sparse=config.mode == "sparse", init_std=config.init_std, seed=seed)
                 for name, dim in groups.items()
             }
         )
+
+    @classmethod
+    def of_tables(cls, spec: FeatureSpec, tables: Mapping[str, Tensor], config: EmbeddingConfig) -> Self:
+        """Collection over given storages (V, D), one a group, which it shares; raises SpecError where V is not the spec's."""
+        collection = cls(spec, {}, config, seed=0)
+        for name, storage_VD in tables.items():
+            if storage_VD.dim() != 2 or storage_VD.shape[0] != collection.layout.total_rows:
+                raise SpecError(f"group {name!r}: storage is {tuple(storage_VD.shape)}, the spec needs {collection.layout.total_rows} rows")
+            collection.groups[name] = TableGroup(name, collection.layout, storage_VD, sparse=config.mode == "sparse")
+        return collection
 
     def _side(self, spec: FeatureSpec, side: Side, table_of: Mapping[str, str]) -> SideRows:
         def tables(keys: tuple[str, ...]) -> dict[str, str]:

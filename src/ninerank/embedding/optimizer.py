@@ -96,13 +96,13 @@ class SparseOptimizer:
         weight_KD = storage.index_select(0, row_K)
         if config.weight_decay:
             grad_KD = grad_KD.add(weight_KD, alpha=config.weight_decay)
-        delta_KD = grad_KD
+        scale = self._lr(group, row_K)
         if state_V is not None:
-            square = grad_KD.square()
-            sum_K = state_V.index_select(0, row_K) + (square if config.kind == "adagrad" else square.mean(1, keepdim=True))
+            square_KD = grad_KD.square()
+            sum_K = state_V.index_select(0, row_K).add_(square_KD if config.kind == "adagrad" else square_KD.mean(1, keepdim=True))
             state_V.index_copy_(0, row_K, sum_K)
-            delta_KD = grad_KD / (sum_K.sqrt() + config.eps)
-        storage.index_copy_(0, row_K, weight_KD - delta_KD * self._lr(group, row_K))
+            scale = scale / sum_K.sqrt_().add_(config.eps)
+        storage.index_copy_(0, row_K, weight_KD.sub_(grad_KD * scale))
 
     def _lr(self, group: TableGroup, row_K: Tensor) -> float | Tensor:
         if not self.config.table_lr:

@@ -93,12 +93,9 @@ class RowGradients:
         if not self._parts:
             return None
         if not self._is_merged:
-            row_N = torch.cat([row for row, _ in self._parts])
-            grad_ND = torch.cat([grad for _, grad in self._parts])
-            row_K, slot_N = torch.unique(row_N, return_inverse=True)
-            # The one segment sum that is deterministic on every device: index_add_ uses atomics on CUDA.
-            grad_KD = torch.ops.aten.embedding_dense_backward(grad_ND, slot_N, row_K.numel(), -1, False)
-            self._parts = [(row_K, grad_KD)]
+            row_N = torch.cat([row for row, _ in self._parts]) if len(self._parts) > 1 else self._parts[0][0]
+            grad_ND = torch.cat([grad for _, grad in self._parts]) if len(self._parts) > 1 else self._parts[0][1]
+            self._parts = [_sum_by_row(row_N, grad_ND)]
             self._is_merged = True
         return self._parts[0]
 
@@ -107,6 +104,17 @@ class RowGradients:
         merged = self.merged()
         if merged is not None:
             merged[1].mul_(factor)
+
+
+def _sum_by_row(row_N: Tensor, grad_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct rows, and the sum of each one's gradients in the order in which they came.
+
+    Sorted by row, a row's gradients are a bag: the pooled lookup sums them without atomics, the same way on every device.
+    """
+    sorted_N, place_N = row_N.sort(stable=True)
+    row_K, count_K = torch.unique_consecutive(sorted_N, return_counts=True)
+    offsets = torch.cat([count_K.new_zeros(1), count_K.cumsum(0)])
+    return row_K, functional.embedding_bag(place_N, grad_ND, offsets, mode="sum", include_last_offset=True)
 
 
 class _GatherRows(torch.autograd.Function):
@@ -131,18 +139,23 @@ class TableGroup(nn.Module):
     `state_dict` holds one tensor per table, under the table's name, so that it does not depend on the order of the tables.
     """
 
-    def __init__(self, name: str, layout: TableLayout, dim: int, *, sparse: bool, init_std: float, seed: int) -> None:
+    def __init__(self, name: str, layout: TableLayout, storage_VD: Tensor, *, sparse: bool) -> None:
         super().__init__()
         self.name = name
         self.layout = layout
-        self.dim = dim
+        self.dim = storage_VD.shape[1]
         self.sparse = sparse
-        self.storage = nn.Parameter(torch.empty(layout.total_rows, dim), requires_grad=not sparse)
+        self.storage = nn.Parameter(storage_VD, requires_grad=not sparse)
         self.gradients = RowGradients()
-        with torch.no_grad():
-            for table, rows in layout.items():
-                for first, block in initial_rows(seed, name, table, rows.stop - rows.start, dim, init_std):
-                    self.storage[rows.start + first : rows.start + first + len(block)] = torch.tensor(block)
+
+    @classmethod
+    def drawn(cls, name: str, layout: TableLayout, dim: int, *, sparse: bool, init_std: float, seed: int) -> "TableGroup":
+        """A group whose rows are the start values of `initial_rows`."""
+        storage_VD = torch.empty(layout.total_rows, dim)
+        for table, rows in layout.items():
+            for first, block in initial_rows(seed, name, table, rows.stop - rows.start, dim, init_std):
+                storage_VD[rows.start + first : rows.start + first + len(block)] = torch.tensor(block)
+        return cls(name, layout, storage_VD, sparse=sparse)
 
     def rows(self, row_N: Tensor) -> Tensor:
         """Values (N, D) of rows of the merged storage, differentiable in the way of the group's mode."""
