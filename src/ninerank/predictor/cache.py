@@ -151,7 +151,8 @@ class FeatureCache:
             self._key_S[slot] = key
         self._row_bytes_S[slot] = row_bytes
         self._used_bytes += row_bytes
-        self._referenced_S[slot] = 1
+        # Not referenced yet: rows that come and are never asked for must not push out those that are.
+        self._referenced_S[slot] = 0
         return slot
 
     def _grow(self) -> int:
