@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from ninerank.evaluation.charts import Axis, bar_chart, calibration_chart, histogram_chart, percent, roc_chart
+from ninerank.evaluation.charts import Axis, calibration_chart, histogram_chart, percent, roc_chart
 from ninerank.evaluation.evaluate import Evaluation, TaskEvaluation
 from ninerank.evaluation.parity import Parity
 from ninerank.evaluation.quality import Quality
@@ -142,7 +142,6 @@ def test_marks_stay_inside_the_chart() -> None:
         calibration_chart(found.buckets(), root=True),
         calibration_chart(found.buckets(), root=False),
         histogram_chart(found.histogram.between, 0.1, root=True),
-        bar_chart(["a", "b"], [0, 10], "x", "y"),
     ):
         for x, y in re.findall(r"[ML]([\d.-]+),([\d.-]+)", svg):
             assert 0 <= float(x) <= 460

@@ -51,6 +51,11 @@ def test_merged_parts_equal_the_whole(scored: Columns, values: pa.Array) -> None
     assert {name: own.as_dict() for name, own in merged.items()} == {name: pytest.approx(own.as_dict()) for name, own in whole.items()}
 
 
+def test_numbers_that_are_all_shown_come_in_order(scored: Columns) -> None:
+    values = pa.array([10] * 300 + [9] * 200 + [-1] * 99 + [None])
+    assert list(Slices("x").update(values, *scored).value()) == ["-1", "9", "10", MISSING]
+
+
 def test_many_floats_become_ranges_of_equal_mass(scored: Columns) -> None:
     label, score = scored
     values = pa.array([None if n % 6 == 0 else float(n) for n in range(600)])

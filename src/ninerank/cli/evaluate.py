@@ -19,7 +19,7 @@ def run(
     report: Annotated[Path | None, typer.Option(help="Write one self-contained HTML page here.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the results here as JSON.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and not a table.")] = False,
-    max_values: Annotated[int, typer.Option(help="Values shown of each sliced column, the rest are joined.", min=1)] = 20,
+    max_values: Annotated[int, typer.Option(help="Values shown of each sliced column, the rest are joined.", min=1)] = 25,
     data_format: Annotated[str, typer.Option("--format", help=f"Format of the files: {FORMATS}.")] = "auto",
     batch_size: Annotated[int, typer.Option(help="Rows scored at a time.", min=1)] = 8192,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda[:i] or npu[:i].")] = "auto",

@@ -13,10 +13,10 @@ import numpy as np
 from ninerank.metrics import Buckets, RocCurve
 from ninerank.metrics.rows import Array
 
-__all__ = ["bar_chart", "calibration_chart", "histogram_chart", "percent", "roc_chart"]
+__all__ = ["calibration_chart", "histogram_chart", "percent", "roc_chart"]
 
 WIDTH, HEIGHT = 460, 340
-LEFT, RIGHT, TOP, BOTTOM = 56, 14, 14, 46
+LEFT, RIGHT, TOP, BOTTOM = 56, 22, 14, 46
 Z_95 = 1.96
 
 
@@ -118,20 +118,6 @@ def histogram_chart(histogram: Callable[[Array], Buckets], high: float, *, root:
     return _svg("Distribution of scores by class", frame + drawn + _legend(across(high), ("negative", "positive")))
 
 
-def bar_chart(names: Sequence[str], values: Sequence[float], x_label: str, y_label: str) -> str:
-    """One bar a name."""
-    high = 1.08 * max(values, default=0) or 1.0
-    across, up = _axes(len(names), high)
-    bars, labels = [], []
-    for k, (name, value) in enumerate(zip(names, values, strict=True)):
-        x, width = across(k + 0.12), across(k + 0.88) - across(k + 0.12)
-        size = f'x="{x:.1f}" y="{up(value):.1f}" width="{width:.1f}" height="{up(0) - up(value):.1f}"'
-        bars.append(f"<rect {size}><title>{escape(name)}: {value:,.0f}</title></rect>")
-        labels.append(f'<text x="{x + width / 2:.1f}" y="{up(0) + 16:.1f}" text-anchor="middle">{escape(name)}</text>')
-    frame = _frame(None, up, x_label, y_label, show=lambda value: f"{value:,.0f}")
-    return _svg(f"{y_label} by {x_label}", f'{frame}<g class="positive">{"".join(bars)}</g>{"".join(labels)}')
-
-
 def _wilson(positive_K: Array, weight_K: Array) -> tuple[Array, Array]:
     """95% interval of a rate (Wilson 1927)."""
     rate_K, z2 = positive_K / weight_K, Z_95**2
@@ -144,14 +130,14 @@ def _axes(high_x: float, high_y: float, *, root: bool = False) -> tuple[Axis, Ax
     return Axis(high_x, LEFT, WIDTH - RIGHT, root), Axis(high_y, HEIGHT - BOTTOM, TOP, root)
 
 
-def _frame(across: Axis | None, up: Axis, x_label: str, y_label: str, show: Callable[[float], str] = percent) -> str:
+def _frame(across: Axis, up: Axis, x_label: str, y_label: str) -> str:
     parts = []
     for value in up.ticks():
         y = up(value)
         parts.append(f'<path class="grid" d="{_path([(LEFT, y), (WIDTH - RIGHT, y)])}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{show(value)}</text>')
-    for value in across.ticks() if across else ():
-        x = across(value) if across else 0.0
+        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{percent(value)}</text>')
+    for value in across.ticks():
+        x = across(value)
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{percent(value)}</text>')
     middle_x, middle_y = (LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2
     parts.append(f'<text class="title" x="{middle_x:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>')

@@ -68,7 +68,7 @@ def evaluate(
     *,
     data: Sequence[str] = (),
     slices: Sequence[str] = (),
-    max_values: int = 20,
+    max_values: int = 25,
     on_rows: Callable[[int], None] = lambda _: None,
 ) -> Evaluation:
     """Score `batches`, which hold the spec's columns, its labels and the columns of `slices`, and measure.

@@ -44,20 +44,22 @@ class JoinStats:
 class Labels:
     """Labels of a Parquet, CSV or TSV file with columns request_id, candidate_id (or index, from 0), and one for each task.
 
-    tasks: names of the model's outputs, whose label columns are called the same; with one task, or none named, `label` will do.
-    Labels are 0 or 1.
+    tasks: names of the model's first outputs, whose label columns are called the same; with one task, or none named (an endpoint does
+    not tell them beforehand), `label` will do. Labels are 0 or 1.
     Raises DataError for a missing column, a null, a label outside {0, 1}, or a file that cannot be read.
     """
 
     def __init__(self, path: str | Path, tasks: Sequence[str] | None = None) -> None:
-        tasks = tasks or (LABEL,)
+        self.tasks = tasks = tuple(tasks or (LABEL,))
         rows = _read(Path(path))
         names = rows.schema.names
         columns = [task if task in names or len(tasks) > 1 else LABEL for task in tasks]
         wanted = [REQUEST, CANDIDATE if CANDIDATE in names else INDEX, *columns]
         for name in wanted:
             if name not in names:
-                either = {INDEX: f"{CANDIDATE!r} or {INDEX!r}", LABEL: f"{tasks[0]!r} or {LABEL!r}"}.get(name, repr(name))
+                either = {INDEX: f"{CANDIDATE!r} or {INDEX!r}", LABEL: " or ".join(dict.fromkeys((repr(tasks[0]), repr(LABEL))))}.get(
+                    name, repr(name)
+                )
                 raise DataError(f"{path}: column {either} is missing; {nearest(name, names)}")
         for name in wanted[:2]:
             if rows.column(name).null_count:
@@ -88,8 +90,7 @@ class Labels:
             return label_NT
         places = self._places(request_id, candidate_ids, num_candidates)
         seen: set[object] = set()
-        for row in range(start, end):
-            key = self._key_R[row].as_py()
+        for row, key in enumerate(self._key_R.slice(start, end - start).to_pylist(), start):
             if key in seen:
                 self.stats.duplicates += 1
             seen.add(key)

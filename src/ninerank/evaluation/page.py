@@ -13,7 +13,7 @@ from pathlib import Path
 from ninerank import __version__
 from ninerank.features.atomic import replacing
 
-__all__ = ["chart_card", "facts_section", "glossary", "number", "page", "table_section", "tiles", "write_text"]
+__all__ = ["chart_card", "facts_section", "glossary", "inline_bar", "number", "page", "table_section", "tiles", "write_text"]
 
 GLOSSARY = {
     "AUC": "chance that a random positive row scores above a random negative one; 0.5 is guessing, 1 is perfect",
@@ -48,6 +48,11 @@ def table_section(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]
         for place, row in enumerate(rows)
     )
     return f'<h2>{escape(title)}</h2><div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def inline_bar(share: float) -> str:
+    """A bar beside a number in a table, its length `share` of the longest one's."""
+    return f'<span class="bar" style="width:{max(2, round(56 * share))}px"></span>' if share > 0 else ""
 
 
 def facts_section(facts: Mapping[str, str]) -> str:

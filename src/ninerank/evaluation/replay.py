@@ -5,7 +5,7 @@ Shape legend: N candidates of a request, T tasks.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Replay", "count_requests", "replay"]
 
 Unlabelled = Literal["skip", "zero"]
+ROWS_AT_A_TIME = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -94,26 +95,23 @@ def replay(
     """
     started = time.perf_counter()
     parity, served, answered = Parity(), Counter[tuple[str, str]](), Counter[tuple[str, str]]()
-    logged: dict[str, Quality] = {}
-    again: dict[str, Quality] = {}
+    logged, again = _Measured(), _Measured()
     for request in requests:
         answer = replayer.rank(request)
-        scores_NT = answer.scores_NT
-        if scores_NT.shape != request.scores_NT.shape:
-            shapes = f"{scores_NT.shape} now, {request.scores_NT.shape} when it was served (candidates, tasks)"
+        if answer.scores_NT.shape != request.scores_NT.shape:
+            shapes = f"{answer.scores_NT.shape} now, {request.scores_NT.shape} when it was served (candidates, tasks)"
             raise DataError(f"request {request.request_id!r} has scores of shape {shapes}")
-        parity.update(request.request_id, request.scores_NT, scores_NT)
+        parity.update(request.request_id, request.scores_NT, answer.scores_NT)
         served[request.model_name, request.model_version] += 1
         answered[answer.model_name, answer.model_version] += 1
         if labels is not None:
-            label_NT = labels.take(request.request_id, request.candidate_ids, len(scores_NT))
-            known_N = np.isfinite(label_NT[:, 0])
+            label_NT = labels.take(request.request_id, request.candidate_ids, len(answer.scores_NT))
+            if label_NT.shape[1] > answer.scores_NT.shape[1]:
+                raise DataError(f"there are labels of {label_NT.shape[1]} tasks, the model has {answer.scores_NT.shape[1]}")
             if unlabelled == "zero":
-                label_NT, known_N = np.nan_to_num(label_NT), np.ones_like(known_N)
-            group_N = np.full(int(known_N.sum()), parity.num_requests)
-            for task, name in enumerate(replayer.tasks or _unnamed(scores_NT)):
-                for found, own_NT in ((logged, request.scores_NT), (again, scores_NT)):
-                    found.setdefault(name, Quality()).update(label_NT[known_N, task], own_NT[known_N, task], None, group_N)
+                label_NT = np.nan_to_num(label_NT)
+            logged.update(label_NT, request.scores_NT, parity.num_requests)
+            again.update(label_NT, answer.scores_NT, parity.num_requests)
         on_requests(1)
     if parity.num_requests == 0:
         raise DataError(f"{log or 'the log'}: holds no requests")
@@ -121,6 +119,7 @@ def replay(
         raise DataError(
             f"none of the {labels.stats.rows} labels met a request of {log or 'the log'}; are request and candidate ids the same?"
         )
+    by_task = [{} if labels is None else measured.by_task(labels.tasks) for measured in (logged, again)]
     seconds = time.perf_counter() - started
     joined = None if labels is None else labels.stats
     return Replay(
@@ -134,8 +133,8 @@ def replay(
         parity=parity,
         served=dict(served),
         answered=dict(answered),
-        logged=logged,
-        again=again,
+        logged=by_task[0],
+        again=by_task[1],
         joined=joined,
     )
 
@@ -154,6 +153,31 @@ def _models(counts: dict[tuple[str, str], int]) -> list[dict[str, Any]]:
     return [{"model_name": name, "model_version": version, "requests": count} for (name, version), count in counts.items()]
 
 
-def _unnamed(scores_NT: npt.NDArray[np.float32]) -> tuple[str, ...]:
-    tasks = scores_NT.shape[1]
-    return ("label",) if tasks == 1 else tuple(f"task{task}" for task in range(tasks))
+class _Measured:
+    """Quality by task, of requests that come one by one: they are measured many at a time."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[npt.NDArray[Any], ...]] = []
+        self._num_waiting = 0
+        self._qualities: list[Quality] = []
+
+    def update(self, label_NT: npt.NDArray[np.float64], scores_NT: npt.NDArray[np.float32], group: int) -> None:
+        """Rows without a label (nan) are left out."""
+        known_N = np.isfinite(label_NT[:, 0])
+        self._waiting.append((label_NT[known_N], scores_NT[known_N], np.full(int(known_N.sum()), group)))
+        self._num_waiting += len(label_NT)
+        if self._num_waiting >= ROWS_AT_A_TIME:
+            self._flush()
+
+    def by_task(self, tasks: Sequence[str]) -> dict[str, Quality]:
+        self._flush()
+        return dict(zip(tasks, self._qualities, strict=True))
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        label_NT, scores_NT, group_N = (np.concatenate(column) for column in zip(*self._waiting, strict=True))
+        self._waiting, self._num_waiting = [], 0
+        self._qualities = self._qualities or [Quality() for _ in range(label_NT.shape[1])]
+        for task, quality in enumerate(self._qualities):
+            quality.update(label_NT[:, task], scores_NT[:, task], None, group_N)

@@ -103,8 +103,6 @@ class EndpointReplayer(Replayer):
                 {name: items.column(name) for name in items.schema.names},
                 request_id=request.request_id,
             )
-        if result.tasks:
-            self.tasks = tuple(result.tasks)
         scores_NT = np.stack(list(result.tasks.values()), axis=1) if result.tasks else result.scores[:, None]
         return Answer(scores_NT, result.model_name, result.model_version)
 

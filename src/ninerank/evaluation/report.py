@@ -4,9 +4,9 @@ import math
 from collections.abc import Iterable, Mapping
 from html import escape
 
-from ninerank.evaluation.charts import bar_chart, calibration_chart, histogram_chart, percent, roc_chart
+from ninerank.evaluation.charts import calibration_chart, histogram_chart, percent, roc_chart
 from ninerank.evaluation.evaluate import Evaluation, TaskEvaluation
-from ninerank.evaluation.page import chart_card, facts_section, glossary, number, page, table_section, tiles
+from ninerank.evaluation.page import chart_card, facts_section, glossary, inline_bar, number, page, table_section, tiles
 from ninerank.evaluation.quality import Quality, Summary
 from ninerank.evaluation.replay import Replay
 
@@ -92,10 +92,9 @@ def _heads(whole: Summary) -> list[str]:
 
 
 def _row(name: str, own: Summary, share: float = 0) -> list[str]:
-    bar = f'<span class="bar" style="width:{max(2, round(56 * share))}px"></span>' if share else ""
     return [
         escape(name),
-        f"{own.rows:,}{bar}",
+        f"{own.rows:,}{inline_bar(share)}",
         f"{own.positive_rate:.2%}",
         f"{own.mean_score:.2%}",
         number(own.auc),
@@ -120,11 +119,8 @@ def replay_page(replay: Replay) -> str:
         "Time": f"{replay.seconds:.1f} s, {parity.num_requests / replay.seconds:,.0f} requests/s",
         **({} if replay.joined is None else {"Labels": ", ".join(f"{n:,} {name}" for name, n in replay.joined.as_dict().items())}),
     }
-    names, counts = zip(*parity.histogram(), strict=True)
-    chart = chart_card(
-        "Score differences", "How many scores moved by how much.", bar_chart(names, counts, "size of the difference", "scores")
-    )
-    sections = [_parity_verdict(replay), _parity_tiles(replay), f'<div class="charts">{chart}</div>']
+    differences = [[name, f"{count:,}{inline_bar(count / parity.num_scores)}"] for name, count in parity.histogram() if count]
+    sections = [_parity_verdict(replay), _parity_tiles(replay), table_section("Score differences", ["difference", "scores"], differences)]
     for task, again in replay.again.items():
         logged, now = replay.logged[task].summary(), again.summary()
         sections += [

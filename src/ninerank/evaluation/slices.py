@@ -22,13 +22,13 @@ NUM_RANGES = 10
 
 
 class Slices:
-    """Rows by the values of one column: the `max_values` heaviest, the rest as "(other)", nulls as "(missing)".
+    """Rows by the values of one column: the `max_values` heaviest, the rest as "(other)", nulls and nans as "(missing)".
 
-    A column of floats with more than `max_values` values is cut into 10 ranges of equal mass instead.
-    Raises DataError for a column of lists or structs.
+    Numbers that are all shown come in ascending order. A column of floats with more than `max_values` values is cut into
+    10 ranges of equal mass instead. Raises DataError for a column of lists or structs.
     """
 
-    def __init__(self, column: str, max_values: int = 20) -> None:
+    def __init__(self, column: str, max_values: int = 25) -> None:
         self.column = column
         self.max_values = max_values
         self._codes: dict[Hashable, int] = {}
@@ -86,6 +86,8 @@ class Slices:
             names, place = _ranges(np.array(values, np.float64), mass)
         else:
             heaviest = np.argsort(-mass, kind="stable")[: self.max_values]
+            if len(values) <= self.max_values and all(isinstance(value, int | float) for value in values):
+                heaviest = np.argsort(np.array(values), kind="stable")
             names, place = [_show(values[code]) for code in heaviest], np.full(len(values), len(heaviest))
             place[heaviest] = np.arange(len(heaviest))
         return [*names, OTHER, MISSING], np.append(place, len(names) + 1)[code_N]
