@@ -13,9 +13,6 @@ from pydantic import Field
 
 from ninerank.config import Config
 from ninerank.errors import RequestError
-from ninerank.predictor.bundle import Bundle
-from ninerank.predictor.request import RequestSchema
-from ninerank.predictor.service import default_item_key
 
 __all__ = ["RequestFile", "example_request"]
 
@@ -46,6 +43,10 @@ class RequestFile(Config):
 
 def example_request(bundle_dir: str | Path, num_candidates: int = 10) -> RequestFile:
     """Request made of a bundle's golden rows: the first row's user with the first candidates that differ."""
+    from ninerank.predictor.bundle import Bundle  # loads torch, which sending a request does without
+    from ninerank.predictor.request import RequestSchema
+    from ninerank.predictor.service import default_item_key
+
     bundle = Bundle.load(bundle_dir)
     schema, rows = RequestSchema.of(bundle.spec), bundle.golden.rows
     user = rows.select(schema.request.names).slice(0, 1).to_pylist()[0]
