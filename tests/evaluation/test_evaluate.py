@@ -15,8 +15,11 @@ from typer.testing import CliRunner
 from ninerank.cli.main import build
 from ninerank.errors import CheckpointError, DataError, NinerankError
 from ninerank.evaluation.evaluate import Evaluation, evaluate
-from ninerank.evaluation.scorer import Scorer, open_scorer
+from ninerank.evaluation.report import evaluation_page
+from ninerank.evaluation.scorer import ModelInfo, Scorer, open_scorer
 from ninerank.features.reader import Reader
+from ninerank.features.spec import FeatureSpec
+from ninerank.metrics import gauc
 from ninerank.training.run import Run
 
 
@@ -113,6 +116,14 @@ def test_rows_of_one_class_have_no_auc_and_still_a_page(bundle_dir: Path, log_di
     assert "there is no ranking to judge" in (tmp_path / "page.html").read_text()
 
 
+def test_places_that_cannot_be_written_are_refused_before_anything_is_scored(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=f"{tmp_path}: is a directory"):
+        command(tmp_path / "no_model", tmp_path / "no_data", "--out", tmp_path)
+    with pytest.raises(DataError, match=r"deep/page.html: cannot be written, .*file is no directory"):
+        command(tmp_path / "no_model", tmp_path / "no_data", "--report", tmp_path / "file" / "deep" / "page.html")
+
+
 def write(path: Path, **changes: pa.Array | None) -> Path:
     """test rows with columns replaced, or left out where None is given."""
     rows = {"click": [0, 1], "user": ["a", "b"], "hour": [1, 2], "item": ["i1", "i2"], "price": [1.0, 2.0], **changes}
@@ -153,3 +164,42 @@ def test_what_is_neither_run_nor_bundle_is_refused(run: Run, log_dir: Path, tmp_
         command(run.directory, log_dir / "test.parquet", "--slice", "columm", "--device", "cpu")
     with pytest.raises(DataError, match=r"gone.parquet: is not there"):
         command(run.directory, log_dir / "gone.parquet", "--device", "cpu")
+
+
+class ColumnScorer(Scorer):
+    """Takes its scores from columns of the data: two tasks, weights, whole numbers as groups."""
+
+    def __init__(self) -> None:
+        feature = {"name": "item", "kind": "id", "role": "item", "encoding": {"kind": "hashed", "num_buckets": 5}}
+        labels = ["click", "buy"]
+        self.spec = FeatureSpec.parse({"labels": labels, "weight": "weight", "group": "query", "features": [feature]}, "spec")
+        self.info = ModelInfo("here", "run", "columns", "1", self.spec.digest, "cpu")
+
+    def score(self, rows: pa.RecordBatch) -> np.ndarray:
+        return np.stack([rows.column("p_click").to_numpy(), rows.column("p_buy").to_numpy()], axis=1).astype(np.float32)
+
+
+def test_every_task_is_measured_with_weights_and_groups(tmp_path: Path) -> None:
+    rng = np.random.default_rng(8)
+    chance = rng.random((500, 2)).astype(np.float32)
+    columns = {
+        "click": (rng.random(500) < chance[:, 0]).astype(int),
+        "buy": (rng.random(500) < chance[:, 1]).astype(int),
+        "weight": rng.integers(0, 3, 500),
+        "query": rng.integers(0, 40, 500),
+        "item": rng.integers(0, 9, 500),
+        "p_click": chance[:, 0],
+        "p_buy": chance[:, 1],
+    }
+    pq.write_table(pa.table(columns), tmp_path / "log.parquet")
+    found = evaluate_files(ColumnScorer(), tmp_path / "log.parquet", slices=("item", "p_click", "p_buy"))
+    assert [task.label for task in found.tasks] == ["click", "buy"]
+    for place, task in enumerate(found.tasks):
+        label, weight = columns[task.label], columns["weight"]
+        assert task.summary.auc == pytest.approx(roc_auc_score(label, chance[:, place], sample_weight=weight), abs=1e-9)
+        assert task.summary.gauc == pytest.approx(gauc(label, chance[:, place], weight, group_N=columns["query"]), abs=1e-9)
+        assert task.summary.weight == weight.sum()
+        assert list(task.slices["item"]) == [str(item) for item in range(9)]
+    page = evaluation_page(found)
+    assert page.count("<svg") == 6
+    assert json.loads(json.dumps(found.as_dict(), allow_nan=False))["tasks"].keys() == {"click", "buy"}

@@ -41,11 +41,11 @@ def test_heaviest_values_are_shown_and_the_rest_joined(scored: Columns) -> None:
 def test_merged_parts_equal_the_whole(scored: Columns, values: pa.Array) -> None:
     label, score = scored
     group = np.arange(600) % 7
-    whole = Slices("x").update(values, label, score, None, group).value(grouped=True)
+    whole = Slices("x").update(values, label, score, None, group).value()
     parts = [
         Slices("x").update(values[own], label[own], score[own], None, group[own]) for own in (slice(1), slice(1, 250), slice(250, None))
     ]
-    merged = parts[2].merge(parts[0]).merge(parts[1]).value(grouped=True)
+    merged = parts[2].merge(parts[0]).merge(parts[1]).value()
     assert len(whole) == 3
     assert merged[MISSING].rows == whole[MISSING].rows == 200
     assert {name: own.as_dict() for name, own in merged.items()} == {name: pytest.approx(own.as_dict()) for name, own in whole.items()}

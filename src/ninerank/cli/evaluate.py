@@ -27,11 +27,13 @@ def run(
     """Measure a trained run or a bundle on log files: AUC, log loss, calibration, whole and by slice."""
     from ninerank.cli.progress import progress_bar
     from ninerank.evaluation.evaluate import evaluate
-    from ninerank.evaluation.page import write_text
+    from ninerank.evaluation.page import check_writable, write_text
     from ninerank.evaluation.report import evaluation_page
     from ninerank.evaluation.scorer import open_scorer
     from ninerank.features.reader import Reader
 
+    check_writable(out)
+    check_writable(report)
     scorer = open_scorer(model, device)
     columns = tuple(dict.fromkeys(slices or ()))
     reader = Reader(data, format=data_format, spec=scorer.spec, batch_size=batch_size, extra_columns=columns)

@@ -20,7 +20,7 @@ class Unlabelled(str, Enum):
 
 def run(
     log: Annotated[
-        Path, typer.Argument(help="Request log: a file, or the directory that `ninerank serve --log-dir` wrote.", show_default=False)
+        Path, typer.Argument(help="Request log: a file, or the directory that `ninerank serve --log` wrote.", show_default=False)
     ],
     bundle: Annotated[Path | None, typer.Option(help="Score with this bundle, in this process.")] = None,
     target: Annotated[str | None, typer.Option(help="Score with the server at HOST:PORT.")] = None,
@@ -42,12 +42,14 @@ def run(
         raise typer.BadParameter("give one of --bundle and --target", param_hint="--bundle / --target")
     from ninerank.cli.progress import progress_bar
     from ninerank.evaluation.joined import Labels
-    from ninerank.evaluation.page import write_text
+    from ninerank.evaluation.page import check_writable, write_text
     from ninerank.evaluation.replay import count_requests, replay
     from ninerank.evaluation.replayer import BundleReplayer, EndpointReplayer
     from ninerank.evaluation.report import replay_page
     from ninerank.predictor.requestlog import read_log
 
+    check_writable(out)
+    check_writable(report)
     total = count_requests(log)
     with BundleReplayer.load(bundle, device) if bundle is not None else EndpointReplayer(target or "", timeout_ms) as replayer:
         joined = None if labels is None else Labels(labels, replayer.tasks)

@@ -81,7 +81,6 @@ def evaluate(
     qualities = [Quality() for _ in labels]
     sliced = [{column: Slices(column, max_values) for column in slices} for _ in labels]
     rows = 0
-    grouped = scorer.spec.group is not None
     for batch in batches:
         scores_BT, answers = scorer.score(batch), Answers.of(batch, scorer.spec)
         for task, (quality, by_column) in enumerate(zip(qualities, sliced, strict=True)):
@@ -94,7 +93,7 @@ def evaluate(
     if rows == 0:
         raise DataError(f"{', '.join(data) or 'the data'}: there are no rows to evaluate on")
     tasks = tuple(
-        TaskEvaluation(label, quality, quality.summary(), {column: own.value(grouped=grouped) for column, own in by_column.items()})
+        TaskEvaluation(label, quality, quality.summary(), {column: own.value() for column, own in by_column.items()})
         for label, quality, by_column in zip(labels, qualities, sliced, strict=True)
     )
     return Evaluation(scorer.info, tuple(data), rows, time.perf_counter() - started, tasks)

@@ -4,6 +4,7 @@ Texts given to these functions are plain and get escaped here; what is called ht
 """
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from html import escape
@@ -11,9 +12,21 @@ from importlib.resources import files
 from pathlib import Path
 
 from ninerank import __version__
+from ninerank.errors import DataError
 from ninerank.features.atomic import replacing
 
-__all__ = ["chart_card", "facts_section", "glossary", "inline_bar", "number", "page", "table_section", "tiles", "write_text"]
+__all__ = [
+    "chart_card",
+    "check_writable",
+    "facts_section",
+    "glossary",
+    "inline_bar",
+    "number",
+    "page",
+    "table_section",
+    "tiles",
+    "write_text",
+]
 
 GLOSSARY = {
     "AUC": "chance that a random positive row scores above a random negative one; 0.5 is guessing, 1 is perfect",
@@ -78,6 +91,17 @@ def page(title: str, kind: str, sections: Iterable[str]) -> str:
     body = f'<h1>{escape(title)}</h1><div class="kind">{escape(kind)}, {made}</div>{"".join(sections)}'
     footer = f"<footer>Written by Ninerank {__version__}.</footer>"
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body><main>{body}{footer}</main></body></html>\n'
+
+
+def check_writable(path: Path | None) -> None:
+    """Raise DataError if a file cannot be written at `path` (None: nothing is to be written), before much work is done for it."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise DataError(f"{path}: is a directory; the name of a file is needed")
+    place = next(parent for parent in path.absolute().parents if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise DataError(f"{path}: cannot be written, {place} is no directory that may be written to")
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -53,7 +53,7 @@ class RunScorer(Scorer):
 
     def __init__(self, run: "Run", device: Device) -> None:
         self.spec = run.spec
-        self.info = ModelInfo(str(run.directory), "run", run.recipe.model.name, run.directory.name, run.spec.digest, device.name)
+        self.info = ModelInfo(str(run.directory), "run", run.recipe.model.name, run.directory.resolve().name, run.spec.digest, device.name)
         self._device = device.torch_device
         self._model = run.model.to(self._device).eval()
         self._transform = Transform(run.spec)

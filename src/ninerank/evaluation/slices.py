@@ -32,7 +32,7 @@ class Slices:
         self.column = column
         self.max_values = max_values
         self._codes: dict[Hashable, int] = {}
-        self._chunks: list[tuple[Array, ...]] = []
+        self._chunks: list[dict[str, Array]] = []
         self._is_float = False
 
     def update(
@@ -44,11 +44,13 @@ class Slices:
         encoded = values if pa.types.is_dictionary(values.type) else pc.dictionary_encode(values)
         own = [self._code(value) for value in encoded.dictionary.to_pylist()]
         index_B = encoded.indices.fill_null(len(own)).to_numpy(zero_copy_only=False)
-        code_B = np.array([*own, -1], np.int64)[index_B]
-        rows = len(code_B)
-        weights = np.ones(rows) if weight_B is None else np.asarray(weight_B, np.float64)
-        groups = np.full(rows, -1) if group_B is None else np.asarray(group_B)
-        self._chunks.append((code_B, np.asarray(label_B), np.asarray(score_B), weights, groups))
+        code_B = np.array([*own, -1], np.int32)[index_B]
+        chunk = {"code": code_B, "label": np.asarray(label_B) == 1, "score": np.asarray(score_B)}
+        if weight_B is not None:
+            chunk["weight"] = np.asarray(weight_B, np.float64)
+        if group_B is not None:
+            chunk["group"] = np.asarray(group_B)
+        self._chunks.append(chunk)
         return self
 
     def _code(self, value: Hashable) -> int:
@@ -58,16 +60,18 @@ class Slices:
 
     def merge(self, other: Self) -> Self:
         """Take in the rows of `other`, a slicing of the same column."""
-        into = np.array([*(self._codes.setdefault(value, len(self._codes)) for value in other._codes), -1], np.int64)
-        self._chunks.extend((into[chunk[0]], *chunk[1:]) for chunk in other._chunks)
+        into = np.array([*(self._codes.setdefault(value, len(self._codes)) for value in other._codes), -1], np.int32)
+        self._chunks.extend({**chunk, "code": into[chunk["code"]]} for chunk in other._chunks)
         self._is_float = self._is_float or other._is_float
         return self
 
-    def value(self, *, grouped: bool = False) -> dict[str, Summary]:
-        """Metrics of each slice, heaviest first ((other) and (missing) last), or by ascending range."""
+    def value(self) -> dict[str, Summary]:
+        """Metrics of each slice, heaviest first ((other) and (missing) last), or by ascending number or range."""
         if not self._chunks:
             return {}
-        code_N, label_N, score_N, weight_N, group_N = (np.concatenate(column) for column in zip(*self._chunks, strict=True))
+        code_N, weight_N = self._column("code"), self._column("weight")
+        columns = [self._column("label"), self._column("score"), weight_N, self._column("group")]
+        assert code_N is not None
         names, place_N = self._places(code_N, weight_N)
         order = np.argsort(place_N, kind="stable")
         ends = np.searchsorted(place_N[order], np.arange(len(names) + 1))
@@ -75,10 +79,19 @@ class Slices:
         for name, start, end in zip(names, ends[:-1], ends[1:], strict=True):
             own = order[start:end]
             if len(own):
-                found[name] = Quality().update(label_N[own], score_N[own], weight_N[own], group_N[own] if grouped else None).summary()
+                label, score, weight, group = (None if column is None else column[own] for column in columns)
+                assert label is not None
+                assert score is not None
+                found[name] = Quality().update(label, score, weight, group).summary()
         return found
 
-    def _places(self, code_N: Array, weight_N: Array) -> tuple[list[str], Array]:
+    def _column(self, name: str) -> Array | None:
+        """All chunks of a column; None for weights or groups that are not there."""
+        if name not in self._chunks[0]:
+            return None
+        return np.concatenate([chunk[name] for chunk in self._chunks])
+
+    def _places(self, code_N: Array, weight_N: Array | None) -> tuple[list[str], Array]:
         """Names of the slices in the order in which they are shown, and each row's place among them."""
         values = list(self._codes)
         mass = np.bincount(code_N + 1, weight_N, len(values) + 1)[1:]
