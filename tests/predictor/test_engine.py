@@ -11,13 +11,17 @@ import pytest
 import torch
 
 from ninerank.device import Device
+from ninerank.embedding.collection import EmbeddingConfig
 from ninerank.errors import BundleError, DataError, RequestError
 from ninerank.features.spec import FeatureSpec
 from ninerank.features.transform import Transform
-from ninerank.predictor.bundle import Bundle, Golden
+from ninerank.predictor.bundle import Bundle, Golden, export_bundle
 from ninerank.predictor.engine import Engine
-from ninerank.predictor.request import RankInput
+from ninerank.predictor.request import RankInput, record_batch
+from ninerank.predictor.requestlog import LoggedRequest, RequestLog, read_log
+from ninerank.towers.config import parse_model
 from ninerank.towers.model import RankingModel
+from ninerank.towers.registry import build_model
 
 Rows = Callable[..., pa.RecordBatch]
 
@@ -129,5 +133,28 @@ def test_golden_scores_that_are_not_met_are_named(bundle_dir: Path) -> None:
 def test_tables_of_another_shape_are_refused(bundle_dir: Path) -> None:
     bundle = Bundle.load(bundle_dir)
     cut = dataclasses.replace(bundle, tables={**bundle.tables, "deep": bundle.tables["deep"][:-1]})
-    with pytest.raises(BundleError, match=r"tables of 'deep' are torch.float32 \(\d+, 4\), float32 \(\d+, 4\) is needed"):
+    with pytest.raises(BundleError, match="group 'deep': storage is"):
         Engine(cut, Device.resolve("cpu"))
+    narrow = dataclasses.replace(bundle, tables={**bundle.tables, "deep": bundle.tables["deep"][:, :3]})
+    with pytest.raises(BundleError, match=r"tables of 'deep' are torch.float32 \(\d+, 3\), float32 of dim 4 are needed"):
+        Engine(narrow, Device.resolve("cpu"))
+
+
+@pytest.mark.parametrize("role", ["user", "item"])
+def test_a_spec_with_one_side_alone_is_served_and_logged(role: str, tmp_path: Path) -> None:
+    features = [{"name": name, "kind": "id", "role": role, "encoding": {"kind": "hashed", "num_buckets": 9}} for name in ("a", "b")]
+    spec = FeatureSpec.parse({"labels": ["y"], "features": features}, "spec")
+    model = build_model(parse_model({"name": "lr"}), spec, EmbeddingConfig(init_std=1.0), seed=1)
+    rows = pa.record_batch({"a": ["x", "y", None], "b": ["u", "u", "v"]})
+    export_bundle(model, spec, rows, tmp_path / "bundle", model_name="lr", version="1")
+    engine = Engine.load(tmp_path / "bundle", "cpu")
+    empty = record_batch([], pa.schema([]), 3)
+    given = (rows.slice(0, 1), empty) if role == "user" else (empty.slice(0, 1), rows)
+    request = engine.schema.rank_input(*given)
+    scores_NT = engine.rank(request).scores_NT
+    wanted = engine.score(rows.take([0, 0, 0]) if role == "user" else rows)
+    assert np.abs(scores_NT - wanted).max() <= 1e-6
+    with RequestLog(tmp_path / "log", engine.schema, 1) as log:
+        log.write(LoggedRequest("r", 1, "lr", "1", spec.digest, None, request, scores_NT))
+    (logged,) = read_log(tmp_path / "log")
+    assert np.array_equal(engine.rank(logged.input).scores_NT, scores_NT)

@@ -13,11 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-from torch import Tensor, nn
 
 from ninerank.device import Device
 from ninerank.embedding.collection import EmbeddingCollection, EmbeddingConfig
-from ninerank.embedding.table import RowGradients, TableGroup, TableLayout
 from ninerank.errors import BundleError, DataError, RequestError, SpecError
 from ninerank.features.batch import Batch
 from ninerank.features.transform import Transform
@@ -108,29 +106,17 @@ class Engine:
         return scores_BT, times
 
 
-class _ServedTables(TableGroup):
-    """Tables of one group whose rows are given: no start values, no gradients."""
-
-    def __init__(self, name: str, layout: TableLayout, rows_VD: Tensor) -> None:
-        nn.Module.__init__(self)
-        self.name, self.layout, self.dim, self.sparse = name, layout, rows_VD.shape[1], True
-        self.storage = nn.Parameter(rows_VD, requires_grad=False)
-        self.gradients = RowGradients()
-
-
 def _collection(bundle: Bundle, device: Device) -> EmbeddingCollection:
     """The lookup over the bundle's tables; on the CPU these stay mapped from their files."""
     manifest = bundle.manifest
+    for name, dim in manifest.groups.items():
+        rows_VD = bundle.tables[name]
+        if rows_VD.dtype != torch.float32 or rows_VD.shape[1:] != (dim,):
+            held = f"{rows_VD.dtype} {tuple(rows_VD.shape)}"
+            raise BundleError(f"bundle {bundle.directory}: tables of {name!r} are {held}, float32 of dim {dim} are needed")
     try:
         config = EmbeddingConfig.parse({"mode": "sparse", "sequence_length": manifest.sequence_length}, "embedding")
-        collection = EmbeddingCollection(bundle.spec, {}, config, seed=0)
+        collection = EmbeddingCollection.of_tables(bundle.spec, bundle.tables, config)
     except SpecError as error:
         raise BundleError(f"bundle {bundle.directory}: {error}") from None
-    for name, dim in manifest.groups.items():
-        rows_VD, wanted = bundle.tables[name], (collection.layout.total_rows, dim)
-        if tuple(rows_VD.shape) != wanted or rows_VD.dtype != torch.float32:
-            raise BundleError(
-                f"bundle {bundle.directory}: tables of {name!r} are {rows_VD.dtype} {tuple(rows_VD.shape)}, float32 {wanted} is needed"
-            )
-        collection.groups[name] = _ServedTables(name, collection.layout, rows_VD)
     return collection.to(device.torch_device).eval()

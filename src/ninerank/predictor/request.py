@@ -3,8 +3,9 @@
 Shape legend: N candidates, T tasks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ from ninerank.errors import DataError, RequestError, nearest
 from ninerank.features.columns import arrow_schema, conform
 from ninerank.features.spec import FeatureSpec, Side
 
-__all__ = ["MAX_CANDIDATES", "RankInput", "RankOutput", "RequestSchema", "StageTimes", "check_num_candidates", "named"]
+__all__ = ["MAX_CANDIDATES", "RankInput", "RankOutput", "RequestSchema", "StageTimes", "check_num_candidates", "named", "record_batch"]
 
 MAX_CANDIDATES = 10_000
 
@@ -55,6 +56,12 @@ class RequestSchema:
     request: pa.Schema
     item: pa.Schema
 
+    @cached_property
+    def _sides(self) -> dict[Side, tuple[pa.Schema, list[tuple[str, pa.DataType]]]]:
+        # Arrow makes a list of names or types anew each time it is asked, which a request would feel.
+        sides: tuple[tuple[Side, pa.Schema], ...] = (("request", self.request), ("item", self.item))
+        return {side: (schema, list(zip(schema.names, schema.types, strict=True))) for side, schema in sides}
+
     @classmethod
     def of(cls, spec: FeatureSpec) -> "RequestSchema":
         """Schema of `spec`: ids are string or int64, numbers float64, bags and sequences lists."""
@@ -69,9 +76,9 @@ class RequestSchema:
 
         Raises RequestError for a column that the spec does not read on this side, or of another length or type.
         """
-        schema = self.side(side)
+        schema, types = self._sides[side]
         arrays, missing = [], []
-        for name, dtype in zip(schema.names, schema.types, strict=True):
+        for name, dtype in types:
             array = columns.get(name)
             if array is None:
                 missing.append(name)
@@ -83,7 +90,7 @@ class RequestSchema:
             arrays.append(array)
         if len(arrays) - len(missing) != len(columns):
             self._refuse_unknown(side, columns)
-        return pa.RecordBatch.from_arrays(arrays, schema=schema), tuple(missing)
+        return record_batch(arrays, schema, num_rows), tuple(missing)
 
     def rank_input(self, user: pa.RecordBatch, items: pa.RecordBatch, max_candidates: int = MAX_CANDIDATES) -> RankInput:
         """RankInput of columns in any order; those left out take the feature's default. Raises RequestError."""
@@ -112,6 +119,13 @@ def check_num_candidates(count: int, limit: int) -> None:
     """Raise RequestError unless 1 <= count <= limit."""
     if not 1 <= count <= limit:
         raise RequestError(f"a request needs 1 to {limit} candidates, this one has {count}")
+
+
+def record_batch(arrays: Sequence[pa.Array], schema: pa.Schema, num_rows: int) -> pa.RecordBatch:
+    """RecordBatch that has its `num_rows` even where a side of the spec has no columns."""
+    if arrays:
+        return pa.RecordBatch.from_arrays(arrays, schema=schema)
+    return pa.RecordBatch.from_struct_array(pa.array([{}] * num_rows, pa.struct([])))
 
 
 def named(batch: pa.RecordBatch) -> dict[str, pa.Array]:

@@ -28,7 +28,7 @@ from typing_extensions import Self
 from ninerank.config import Config
 from ninerank.errors import DataError
 from ninerank.features.atomic import replacing
-from ninerank.predictor.request import RankInput, RequestSchema
+from ninerank.predictor.request import RankInput, RequestSchema, record_batch
 
 __all__ = ["LogConfig", "LogStats", "LoggedRequest", "RequestLog", "read_log"]
 
@@ -256,9 +256,8 @@ def _unpack(struct: pa.Array) -> Mapping[str, pa.Array]:
 
 
 def _batch(columns: Mapping[str, pa.Array], num_rows: int) -> pa.RecordBatch:
-    if columns:
-        return pa.RecordBatch.from_pydict(dict(columns))
-    return pa.RecordBatch.from_struct_array(pa.array([{}] * num_rows, pa.struct([])))
+    schema = pa.schema([(name, array.type) for name, array in columns.items()])
+    return record_batch(list(columns.values()), schema, num_rows)
 
 
 def _candidate_ids(requests: Sequence[LoggedRequest]) -> pa.Array:
