@@ -14,19 +14,48 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from ninerank.embedding.changes import Changes, DeltaSource, Ints, RowBlock, column_of
-from ninerank.embedding.rowfile import columns_from_json, columns_to_json, read_manifest, read_rows, seal, sealing, write_rows
+from ninerank.config import Config
+from ninerank.embedding.changes import Changes, Column, DeltaSource, Ints, RowBlock, column_of
+from ninerank.embedding.rowfile import RowFile, read_manifest, read_rows, seal, sealing, write_rows
 from ninerank.errors import BundleError
 
 __all__ = ["Delta", "DeltaWriter", "Position", "Replica"]
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 VERSION_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._]{0,63}")
+
+
+class BaseManifest(Config):
+    """All rows of each table."""
+
+    format: Literal[1] = FORMAT
+    kind: Literal["base"] = "base"
+    version: str
+    tables: dict[str, RowFile]
+
+
+class ChangedTable(Config):
+    """Rows that are new or differ, and ids that are gone."""
+
+    upserts: RowFile
+    removed: RowFile
+
+
+class DeltaManifest(Config):
+    """Number `sequence` after base `version`, whose manifest has the digest `base_sha256`; `parent` is the digest of the one before."""
+
+    format: Literal[1] = FORMAT
+    kind: Literal["delta"] = "delta"
+    version: str
+    base_sha256: str
+    sequence: int
+    parent: str
+    tables: dict[str, ChangedTable]
 
 
 @dataclass(frozen=True)
@@ -38,21 +67,20 @@ class Position:
     sequence: int
     sha256: str
 
-    def check_next(self, content: Mapping[str, Any], what: Path) -> None:
-        """Raise BundleError unless the manifest `content` is that of the very next delta."""
-        if content["base"] != {"version": self.version, "sha256": self.base_sha256}:
-            theirs = content["base"]
+    def check_next(self, manifest: DeltaManifest, what: Path) -> None:
+        """Raise BundleError unless `manifest` is that of the very next delta."""
+        if (manifest.version, manifest.base_sha256) != (self.version, self.base_sha256):
             raise BundleError(
-                f"{what}: wrong base: the delta stands on {theirs['version']!r} ({theirs['sha256'][:12]}), "
+                f"{what}: wrong base: the delta stands on {manifest.version!r} ({manifest.base_sha256[:12]}), "
                 f"what is loaded on {self.version!r} ({self.base_sha256[:12]})"
             )
-        if content["sequence"] <= self.sequence:
-            raise BundleError(f"{what}: repeat: delta {content['sequence']} of {self.version!r}, {self.sequence} were applied already")
-        if content["sequence"] > self.sequence + 1:
-            raise BundleError(f"{what}: gap: delta {content['sequence']} of {self.version!r}, the next one is {self.sequence + 1}")
-        if content["parent"] != self.sha256:
+        if manifest.sequence <= self.sequence:
+            raise BundleError(f"{what}: repeat: delta {manifest.sequence} of {self.version!r}, {self.sequence} were applied already")
+        if manifest.sequence > self.sequence + 1:
+            raise BundleError(f"{what}: gap: delta {manifest.sequence} of {self.version!r}, the next one is {self.sequence + 1}")
+        if manifest.parent != self.sha256:
             raise BundleError(
-                f"{what}: wrong history: delta {content['sequence']} follows manifest {content['parent'][:12]}, "
+                f"{what}: wrong history: delta {manifest.sequence} follows manifest {manifest.parent[:12]}, "
                 f"what is loaded is at {self.sha256[:12]}"
             )
 
@@ -77,11 +105,11 @@ class DeltaWriter:
         closed = {name: source.advance() for name, source in self.tables.items()}
         target = self.directory / f"base-{version}"
         with sealing(target) as temporary:
-            tables = {}
-            for i, (name, source) in enumerate(self.tables.items()):
-                rows = write_rows(temporary, f"table-{i}.rows.arrow", source.columns, source.blocks())
-                tables[name] = {"columns": columns_to_json(source.columns), "rows": rows}
-            digest = seal(temporary, {"format": FORMAT, "kind": "base", "version": version, "tables": tables})
+            tables = {
+                name: write_rows(temporary, f"table-{i}.rows.arrow", source.columns, source.blocks())
+                for i, (name, source) in enumerate(self.tables.items())
+            }
+            digest = seal(temporary, BaseManifest(version=version, tables=tables))
         self.position = Position(version, digest, 0, digest)
         self._published = closed
         self._generations = {name: source.generation for name, source in self.tables.items()}
@@ -104,16 +132,14 @@ class DeltaWriter:
             tables = {}
             for i, (name, source) in enumerate(self.tables.items()):
                 changes = source.changes(self._published[name])
-                tables[name] = {
-                    "columns": columns_to_json(source.columns),
-                    "rows": write_rows(temporary, f"table-{i}.rows.arrow", source.columns, [changes.upserts]),
-                    "removed": write_rows(temporary, f"table-{i}.removed.arrow", {}, [RowBlock(changes.removed, {})]),
-                }
-            base = {"version": position.version, "sha256": position.base_sha256}
-            digest = seal(
-                temporary,
-                {"format": FORMAT, "kind": "delta", "base": base, "sequence": sequence, "parent": position.sha256, "tables": tables},
+                tables[name] = ChangedTable(
+                    upserts=write_rows(temporary, f"table-{i}.rows.arrow", source.columns, [changes.upserts]),
+                    removed=write_rows(temporary, f"table-{i}.removed.arrow", {}, [RowBlock(changes.removed, {})]),
+                )
+            manifest = DeltaManifest(
+                version=position.version, base_sha256=position.base_sha256, sequence=sequence, parent=position.sha256, tables=tables
             )
+            digest = seal(temporary, manifest)
         self.position = Position(position.version, position.base_sha256, sequence, digest)
         self._published = closed
         return target
@@ -123,8 +149,7 @@ class DeltaWriter:
 class Delta:
     """A delta that was read and checked: its files are whole and mean something; whether it fits is for a `Position` to say."""
 
-    path: Path
-    content: Mapping[str, Any]
+    manifest: DeltaManifest
     sha256: str
     changes: Mapping[str, Changes]
 
@@ -132,17 +157,16 @@ class Delta:
     def read(cls, path: str | Path, position: Position) -> "Delta":
         """Read the delta after `position`; raises BundleError for one that does not follow, is truncated, corrupt or makes no sense."""
         path = Path(path)
-        content, digest = _read_manifest(path, "delta")
-        position.check_next(content, path)
+        manifest, digest = read_manifest(path, DeltaManifest, "delta", FORMAT)
+        position.check_next(manifest, path)
         changes = {}
-        for name, table in content["tables"].items():
-            upserts = read_rows(path, table["rows"], columns_from_json(table["columns"]))
-            removed = read_rows(path, table["removed"], {}).ids
+        for name, table in manifest.tables.items():
+            upserts, removed = read_rows(path, table.upserts), read_rows(path, table.removed).ids
             both = np.intersect1d(upserts.ids, removed, assume_unique=True)
             if len(both):
                 raise BundleError(f"{path}: table {name!r}: id {int(both[0])} is both changed and gone")
             changes[name] = Changes(upserts, removed)
-        return cls(path, content, digest, changes)
+        return cls(manifest, digest, changes)
 
     def following(self, position: Position) -> Position:
         """Where one stands after this delta."""
@@ -160,9 +184,9 @@ class Replica:
     def load(cls, path: str | Path) -> "Replica":
         """Read a base; raises BundleError if it is missing, truncated or corrupt."""
         path = Path(path)
-        content, digest = _read_manifest(path, "base")
-        tables = {name: read_rows(path, table["rows"], columns_from_json(table["columns"])) for name, table in content["tables"].items()}
-        return cls(Position(content["version"], digest, 0, digest), tables)
+        manifest, digest = read_manifest(path, BaseManifest, "base", FORMAT)
+        tables = {name: read_rows(path, entry) for name, entry in manifest.tables.items()}
+        return cls(Position(manifest.version, digest, 0, digest), tables)
 
     def apply(self, path: str | Path) -> "Replica":
         """Replica with one more delta; raises BundleError, and this replica stays as it is either way."""
@@ -170,7 +194,7 @@ class Replica:
         if delta.changes.keys() != self.tables.keys():
             raise BundleError(f"{path}: holds the tables {sorted(delta.changes)}, the base {sorted(self.tables)}")
         for name, changes in delta.changes.items():
-            own, theirs = _types(self.tables[name]), _types(changes.upserts)
+            own, theirs = _columns(self.tables[name]), _columns(changes.upserts)
             if own != theirs:
                 raise BundleError(f"{path}: table {name!r} has the columns {theirs}, in the base they are {own}")
         merged = {name: _merge(self.tables[name], changes) for name, changes in delta.changes.items()}
@@ -211,16 +235,9 @@ def _places(ids: Ints, wanted: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
     return place, found
 
 
-def _types(rows: RowBlock) -> dict[str, Any]:
+def _columns(rows: RowBlock) -> dict[str, Column]:
     return {name: column_of(values) for name, values in rows.columns.items()}
 
 
 def _delta_name(version: str, sequence: int) -> str:
     return f"delta-{version}-{sequence:06d}"
-
-
-def _read_manifest(path: Path, kind: str) -> tuple[dict[str, Any], str]:
-    content, digest = read_manifest(path, kind)
-    if content.get("format") != FORMAT:
-        raise BundleError(f"{path}: format {content.get('format')}, this version reads {FORMAT}")
-    return content, digest

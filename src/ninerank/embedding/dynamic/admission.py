@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from ninerank.config import Config
 from ninerank.embedding.dynamic.idmap import IdMap, Ints
-from ninerank.embedding.dynamic.native import mix64, stream, stream_key
+from ninerank.embedding.dynamic.native import mix64, share, stream, stream_key
 from ninerank.errors import CheckpointError
 from ninerank.features.native import jit
 
@@ -24,10 +24,9 @@ __all__ = ["Admission", "AdmissionConfig", "Always", "BloomCounter", "ExactCount
 Mask = npt.NDArray[np.bool_]
 State = dict[str, npt.NDArray[np.generic]]
 
-BLOCK_COUNTERS, MAX_HASHES = 64, 8
+BLOCK_COUNTERS = 64
 GREATEST_COUNTER = 255
 S11 = np.uint64(11)
-LN2 = math.log(2.0)
 
 
 class Always(Config):
@@ -43,27 +42,41 @@ class ExactCounter(Config):
 
 
 class BloomCounter(Config):
-    """Counts in a blocked counting Bloom filter: about 10 bytes per expected id at a false positive rate of 1%, none per id.
+    """Counts in a blocked counting Bloom filter, whose size is fixed: 13 bytes per expected id at a false positive rate of 1%, 5 at 10%.
 
-    An id's count is never too low; it is too high for about `false_positive_rate` of the ids once `expected_ids` have been counted. A
-    counter cannot forget one id, so an evicted id that is seen again may get its row back at once.
+    An id's count is never too low; it is too high for at most about `false_positive_rate` of the ids until `expected_ids` have been
+    counted. A counter cannot forget one id, so an evicted id that is seen again may get its row back at once. Each lookup of an id
+    reads one cache line (Putze, Sanders and Singler, Cache-, Hash- and Space-Efficient Bloom Filters, WEA 2007).
     """
 
     kind: Literal["bloom"] = "bloom"
-    expected_ids: int = Field(ge=1, le=1 << 40)
-    false_positive_rate: float = Field(0.01, gt=0.0, lt=1.0)
+    expected_ids: int = Field(ge=1, le=1 << 30)
+    false_positive_rate: float = Field(0.01, ge=1e-5, le=0.5)
 
     @property
-    def num_hashes(self) -> int:
-        """1, 2, 4 or 8, so that a block splits evenly into that many lanes."""
-        best = max(1.0, -math.log2(self.false_positive_rate))
-        return min(MAX_HASHES, 1 << round(math.log2(best)))
+    def shape(self) -> tuple[int, int]:
+        """(blocks, hashes) of the smallest filter that keeps the rate; a block is one cache line of 64 counters."""
+        sparse, dense = 2.0**-20, float(BLOCK_COUNTERS)
+        while dense - sparse > 1e-3 * sparse:
+            middle = (sparse * dense) ** 0.5
+            sparse, dense = (middle, dense) if _best(middle)[0] <= self.false_positive_rate else (sparse, middle)
+        return math.ceil(self.expected_ids / sparse), _best(sparse)[1]
 
-    @property
-    def block_bits(self) -> int:
-        """Bits of the block number; a block is one cache line of 64 counters."""
-        counters = -self.expected_ids * math.log(self.false_positive_rate) / LN2**2
-        return max(1, math.ceil(math.log2(counters / BLOCK_COUNTERS)))
+
+def _best(ids_per_block: float) -> tuple[float, int]:
+    """Lowest false positive rate at a load of blocks, and the number of hashes that gives it."""
+    return min((_false_positive_rate(ids_per_block, hashes), hashes) for hashes in (1, 2, 4, 8))
+
+
+def _false_positive_rate(ids_per_block: float, hashes: int) -> float:
+    """Chance that all counters of an unseen id are taken, where blocks hold Poisson-many ids that take one counter in each lane."""
+    spread = 12 * math.sqrt(ids_per_block) + 12
+    first, last = max(0, int(ids_per_block - spread)), int(ids_per_block + spread)
+    free = 1 - hashes / BLOCK_COUNTERS
+    return sum(
+        math.exp(held * math.log(ids_per_block) - ids_per_block - math.lgamma(held + 1)) * (1 - free**held) ** hashes
+        for held in range(first, last + 1)
+    )
 
 
 class Frequency(Config):
@@ -226,9 +239,9 @@ class _Bloom:
 
     def __init__(self, threshold: int, halve_every: int | None, config: BloomCounter, key: np.uint64) -> None:
         self._threshold, self._halve_every = threshold, halve_every
-        self._num_hashes, self._key = config.num_hashes, key
-        self._shift = np.uint64(64 - config.block_bits)
-        self._counters = np.zeros((1 << config.block_bits, BLOCK_COUNTERS), np.uint8)
+        num_blocks, self._num_hashes = config.shape
+        self._key = key
+        self._counters = np.zeros((num_blocks, BLOCK_COUNTERS), np.uint8)
 
     @property
     def num_bytes(self) -> int:
@@ -236,7 +249,7 @@ class _Bloom:
 
     def admit(self, ids: Ints, counts: Ints, step: int) -> Mask:
         estimates = np.empty(len(ids), np.int64)
-        _count(self._counters, self._key, self._shift, self._num_hashes, ids, counts, estimates)
+        _count(self._counters, self._key, self._num_hashes, ids, counts, estimates)
         return estimates >= self._threshold
 
     def finish_step(self, step: int) -> None:
@@ -258,19 +271,19 @@ class _Bloom:
 
 
 @jit
-def _count(counters, key, shift, num_hashes, ids, counts, estimates):  # type: ignore[no-untyped-def]
+def _count(counters, key, num_hashes, ids, counts, estimates):  # type: ignore[no-untyped-def]
     """Add all counts, then estimate each: what an id is told does not depend on its place among the others."""
-    lane_counters = np.uint64(BLOCK_COUNTERS // num_hashes)
+    lane_counters, num_blocks = np.uint64(BLOCK_COUNTERS // num_hashes), counters.shape[0]
     for i in range(ids.shape[0]):
         word = np.uint64(ids[i])
-        block, lanes = np.int64(stream(key, word, 0) >> shift), stream(key, word, 1)
+        block, lanes = share(stream(key, word, 0), num_blocks), stream(key, word, 1)
         for j in range(num_hashes):
             place = np.int64(np.uint64(j) * lane_counters + lanes % lane_counters)
             counters[block, place] = min(np.int64(counters[block, place]) + counts[i], GREATEST_COUNTER)
             lanes //= lane_counters
     for i in range(ids.shape[0]):
         word = np.uint64(ids[i])
-        block, lanes = np.int64(stream(key, word, 0) >> shift), stream(key, word, 1)
+        block, lanes = share(stream(key, word, 0), num_blocks), stream(key, word, 1)
         least = np.int64(GREATEST_COUNTER)
         for j in range(num_hashes):
             place = np.int64(np.uint64(j) * lane_counters + lanes % lane_counters)

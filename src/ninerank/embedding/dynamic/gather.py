@@ -19,7 +19,7 @@ class OwnRowGradients(RowGradients):
     """Gradients of rows that belong to an id: the default row takes none."""
 
     def add(self, row_N: Tensor, grad_ND: Tensor) -> None:
-        row_N, grad_ND = row_N.reshape(-1), grad_ND.reshape(row_N.numel(), -1)
+        row_N, grad_ND = row_N.reshape(-1), grad_ND.reshape(row_N.numel(), grad_ND.shape[-1])
         own_N = row_N != 0
         super().add(*((row_N, grad_ND) if bool(own_N.all()) else (row_N[own_N], grad_ND[own_N])))
 

@@ -11,13 +11,13 @@ from numba.extending import intrinsic
 
 from ninerank.features.native import jit
 
-__all__ = ["AHEAD", "GOLDEN", "mix64", "prefetch", "stream", "stream_key"]
+__all__ = ["AHEAD", "GOLDEN", "mix64", "prefetch", "share", "stream", "stream_key"]
 
 # Ids ahead of the one at work whose cache line is fetched: memory latency over the time one id takes.
 AHEAD = 16
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 M1, M2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-S27, S30, S31 = (np.uint64(n) for n in (27, 30, 31))
+S27, S30, S31, S32 = (np.uint64(n) for n in (27, 30, 31, 32))
 
 
 def _prefetch(typingctx: Any, array: Any, index: Any) -> Any:
@@ -50,6 +50,12 @@ def mix64(word):  # type: ignore[no-untyped-def]
 def stream(key, word, place):  # type: ignore[no-untyped-def]
     """Random word number `place` (int64) of the stream that key and word (uint64) open: SplitMix64 from a mixed start."""
     return mix64(mix64(word ^ key) + GOLDEN * (np.uint64(place) + np.uint64(1)))
+
+
+@jit
+def share(word, parts):  # type: ignore[no-untyped-def]
+    """Part (int64) of `parts` < 2^32 that a random word falls into, each of them equally likely (Lemire, TOMACS 2019)."""
+    return np.int64(((word >> S32) * np.uint64(parts)) >> S32)
 
 
 def stream_key(*names: object) -> np.uint64:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ninerank.embedding.dynamic.idmap import Ints
-from ninerank.embedding.dynamic.native import mix64, stream_key
+from ninerank.embedding.dynamic.native import mix64, share, stream_key
 from ninerank.errors import CheckpointError
 from ninerank.features.native import jit
 
@@ -23,7 +23,6 @@ __all__ = ["check_state", "reshard", "shard_of"]
 
 COUNTERS = "pending.counters"
 GREATEST_COUNTER = 255
-S32 = np.uint64(32)
 SHARD_KEY = stream_key("shard")
 
 
@@ -40,7 +39,7 @@ def check_state(state: Mapping[str, Tensor], wanted: Mapping[str, tuple[torch.dt
             raise CheckpointError(
                 f"dynamic table {table!r}: {key!r} is {value.dtype} {tuple(value.shape)}, {dtype} {(count, *shape)} is needed"
             )
-    if count and bool((state["id"].diff() <= 0).any()):
+    if bool((state["id"][1:] <= state["id"][:-1]).any()):
         raise CheckpointError(f"dynamic table {table!r}: ids must be distinct and in rising order")
     if count and not 1 <= int(state["count"].min()) <= int(state["count"].max()) < 1 << 32:
         raise CheckpointError(f"dynamic table {table!r}: a count is outside 1 ... {(1 << 32) - 1}")
@@ -49,13 +48,13 @@ def check_state(state: Mapping[str, Tensor], wanted: Mapping[str, tuple[torch.dt
 @jit
 def _shards(ids, key, world_size, out):  # type: ignore[no-untyped-def]
     for i in range(ids.shape[0]):
-        out[i] = np.int64(((mix64(np.uint64(ids[i]) ^ key) >> S32) * world_size) >> S32)
+        out[i] = share(mix64(np.uint64(ids[i]) ^ key), world_size)
 
 
 def shard_of(ids: Ints, world_size: int) -> Ints:
     """Which of `world_size` processes owns each id: a fixed hash, even whatever the ids are."""
     out = np.empty(len(ids), np.int64)
-    _shards(np.ascontiguousarray(ids), SHARD_KEY, np.uint64(world_size), out)
+    _shards(np.ascontiguousarray(ids), SHARD_KEY, world_size, out)
     return out
 
 

@@ -308,6 +308,8 @@ class DynamicTable:
         if any(own.get(name) != column_of(values) for name, values in columns.items()) or not columns.keys() >= set(needed):
             theirs = {name: column_of(values) for name, values in columns.items()}
             raise BundleError(f"dynamic table {self.name!r}: changes have the columns {theirs}; {needed} are needed, allowed are {own}")
+        if "count" in columns and len(ids) and not 1 <= columns["count"].min() <= columns["count"].max() < 1 << 32:
+            raise BundleError(f"dynamic table {self.name!r}: changes hold a count outside 1 ... {(1 << 32) - 1}")
         with self._lock.writing():
             gone = self.ids.find(removed)
             self._give_up(gone[gone != 0])
