@@ -2,12 +2,16 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+# pandas is no dependency, yet pyarrow reaches for it here and there: where it happens to be installed, nothing may lean on it.
+sys.modules["pandas"] = None  # type: ignore[assignment]
 
 # Shared machines make single examples slow now and then, which says nothing about the code; the same examples every time.
 settings.register_profile("ninerank", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

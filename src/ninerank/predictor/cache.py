@@ -186,7 +186,7 @@ class _FixedColumn:
 
     def __init__(self, dtype: pa.DataType) -> None:
         self.dtype = dtype
-        self.value_S = np.zeros(0, dtype.to_pandas_dtype())
+        self.value_S = np.zeros(0, np.int64 if pa.types.is_int64(dtype) else np.float64)
         self.valid_S = np.zeros(0, np.bool_)
 
     def write(self, slot_K: npt.NDArray[np.int64], values: pa.Array, num_slots: int) -> None:
