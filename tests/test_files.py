@@ -21,9 +21,14 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
 def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path) -> None:
     target = tmp_path / "a.json"
     target.write_text("old")
-    with pytest.raises(RuntimeError, match="half way"), replacing(target) as temporary:
-        temporary.write_text("ne")
-        raise RuntimeError("half way")
+
+    def fail() -> None:
+        with replacing(target) as temporary:
+            temporary.write_text("ne")
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        fail()
     assert target.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
@@ -39,9 +44,13 @@ def test_a_directory_appears_with_all_its_files(tmp_path: Path) -> None:
 
 
 def test_a_failed_directory_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="half way"), creating(tmp_path / "bundle") as temporary:
-        (temporary / "a").write_text("1")
-        raise RuntimeError("half way")
+    def fail() -> None:
+        with creating(tmp_path / "bundle") as temporary:
+            (temporary / "a").write_text("1")
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        fail()
     assert list(tmp_path.iterdir()) == []
 
 
