@@ -97,7 +97,7 @@ def test_extreme_group_keys_come_back() -> None:
     assert near.group_G.tolist() == [low, low + 9]
 
 
-ROW = st.tuples(st.booleans(), st.integers(-4, 4), st.sampled_from([0.0, 0.5, 1.0, 3.0]), st.integers(-2, 2))
+ROW = st.tuples(st.booleans(), st.integers(-4, 4), st.sampled_from([0.0, 0.5, 1.0, 3.0, 1e-200]), st.integers(-2, 2))
 
 
 @settings(max_examples=150, deadline=None)
@@ -145,6 +145,12 @@ def test_merge_leaves_the_other_as_it_was() -> None:
     assert second.value() == 0.0
     second.update([1], [1.0])
     assert first.num_rows == 4
+
+
+def test_tiny_weights_count_by_their_ratio() -> None:
+    label, score, weight, group = draw(6, 300, 5)
+    assert auc(label, score, weight * 1e-250) == pytest.approx(auc(label, score, weight), abs=1e-12)
+    assert gauc(label, score, weight * 1e-250, group_N=group) == pytest.approx(gauc(label, score, weight, group_N=group), abs=1e-12)
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -60,8 +60,8 @@ class PCOC(SumAccumulator):
         return self
 
     def value(self) -> float:
-        predicted, positive = self._sums
-        return float(predicted / positive) if positive > 0 else float("nan")
+        predicted, positive = self._sums.tolist()
+        return predicted / positive if positive > 0 else float("nan")
 
 
 class ScoreHistogram(Accumulator):

@@ -3,6 +3,8 @@
 Shape legend: B rows of one update, N rows in all.
 """
 
+import math
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -33,8 +35,8 @@ class LogLoss(SumAccumulator):
         return self
 
     def value(self) -> float:
-        loss, weight = self._sums
-        return float(loss / weight) if weight > 0 else float("nan")
+        loss, weight = self._sums.tolist()
+        return loss / weight if weight > 0 else float("nan")
 
 
 class NormalizedEntropy(SumAccumulator):
@@ -56,11 +58,12 @@ class NormalizedEntropy(SumAccumulator):
         return self
 
     def value(self) -> float:
-        loss, weight, positive = self._sums
+        loss, weight, positive = self._sums.tolist()
         if not 0 < positive < weight:
             return float("nan")
         rate = positive / weight
-        return float(loss / weight / -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate)))
+        background = -(rate * math.log(rate) + (1 - rate) * math.log1p(-rate)) if 0 < rate < 1 else 0.0
+        return loss / weight / background if background > 0 else float("nan")
 
 
 def logloss(label_N: ArrayLike, score_N: ArrayLike, weight_N: ArrayLike | None = None) -> float:

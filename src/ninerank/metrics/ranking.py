@@ -141,13 +141,15 @@ def _group_table(rows: Rows, group_N: Array) -> GroupTable:
     first_G = np.searchsorted(negative, code_G << HALF, "left")
     last_G = np.searchsorted(negative, (code_G << HALF) | LOW_HALF, "right")
     won_P = negative_mass[np.searchsorted(negative, positive_P, "left")] + negative_mass[np.searchsorted(negative, positive_P, "right")]
-    won_P = won_P - 2 * np.repeat(negative_mass[first_G], end_G - start_G)
-    won_G = np.add.reduceat(won_P if weight_P is None else won_P * weight_P, start_G)
     positive_G, negative_G = positive_mass[end_G] - positive_mass[start_G], negative_mass[last_G] - negative_mass[first_G]
+    # Each positive's share of the negatives first, so that products of tiny weights cannot vanish.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        lost_P, whole_P = np.repeat(2 * negative_mass[first_G], end_G - start_G), np.repeat(2 * negative_G, end_G - start_G)
+        share_P = (won_P - lost_P) / whole_P
+        auc_G = np.add.reduceat(share_P if weight_P is None else share_P * weight_P, start_G) / positive_G
     both_G = (positive_G > 0) & (negative_G > 0)
-    positive_G, negative_G = positive_G[both_G].astype(np.float64), negative_G[both_G].astype(np.float64)
-    auc_G = np.clip(won_G[both_G] / (2 * positive_G * negative_G), 0.0, 1.0)
-    return GroupTable(keys(code_G[both_G]), positive_G + negative_G, auc_G)
+    weight_G = (positive_G + negative_G)[both_G].astype(np.float64)
+    return GroupTable(keys(code_G[both_G]), weight_G, np.clip(auc_G[both_G], 0.0, 1.0))
 
 
 def _sorted_class(key_N: Array, weight_N: Array | None, chosen_N: Array) -> tuple[Array, Array | None, Array]:
