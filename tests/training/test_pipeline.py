@@ -95,17 +95,23 @@ def test_ranks_share_an_epoch(open_split, cache_bytes):
     assert torch.equal(torch.cat([batch.weight_B for part in parts for batch in part.epoch(2)]), whole)
 
 
-@pytest.mark.parametrize(("size", "drop_last", "expected"), [(233, False, [233, 233, 233]), (233, True, [233] * 3), (96, True, [96] * 7), (1, False, None)])
+@pytest.mark.parametrize(
+    ("size", "drop_last", "expected"), [(233, False, [233, 233, 233, 1]), (233, True, [233] * 3), (96, True, [96] * 7), (700, True, [700])]
+)
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 20])
-def test_a_last_batch_of_one_row_is_left_out_of_training(open_split, size, drop_last, expected, cache_bytes):
+def test_the_last_batch(open_split, size, drop_last, expected, cache_bytes):
     split = open_split(f"data.batch_size={size}", f"data.drop_last={drop_last}", f"data.cache_bytes={cache_bytes}")
-    sizes = [batch.num_rows for batch in split.epoch(0)]
-    assert sizes == (expected or [1] * 700)
-    assert split.num_batches == len(sizes)
+    assert [batch.num_rows for batch in split.epoch(0)] == expected
+    assert split.num_batches == len(expected)
 
 
-def test_evaluation_keeps_a_last_batch_of_one_row(open_split):
-    assert [batch.num_rows for batch in open_split("data.batch_size=299", name="valid").epoch(0)] == [299, 1]
+def test_evaluation_drops_nothing(open_split):
+    assert [batch.num_rows for batch in open_split("data.batch_size=299", "data.drop_last=true", name="valid").epoch(0)] == [299, 1]
+
+
+def test_too_few_rows_are_refused(open_split):
+    with pytest.raises(DataError, match=r"train\.parquet: 700 rows make no batch; at least 701 are needed"):
+        open_split("data.batch_size=701", "data.drop_last=true")
 
 
 def test_fitting_can_be_limited_to_the_first_rows(make_recipe, log_dir):
@@ -116,15 +122,6 @@ def test_fitting_can_be_limited_to_the_first_rows(make_recipe, log_dir):
     assert set(spec.feature("user").encoding.values) == set(users)
     assert sum(seen) == 10
     assert fit_spec(spec, recipe.data.files("train"), recipe.data) is spec
-
-
-def test_too_few_rows_are_refused(make_recipe, tmp_path: Path, log_dir):
-    parquet.write_table(parquet.read_table(log_dir / "train.parquet").slice(0, 1), tmp_path / "one.parquet")
-    recipe: Recipe = make_recipe()
-    spec = fit_spec(recipe.spec, recipe.data.files("train"), recipe.data)
-    embedding = EmbeddingCollection(spec, {"deep": 2}, EmbeddingConfig(), seed=0)
-    with pytest.raises(DataError, match=r"one\.parquet: 1 rows.*at least 2"):
-        Split((tmp_path / "one.parquet",), recipe.data, spec, embedding=embedding, training=True, seed=0)
 
 
 def test_permutation_is_pinned():
@@ -181,4 +178,3 @@ def test_bad_rows_surface_with_file_and_row(make_recipe, tmp_path: Path, log_dir
     embedding = EmbeddingCollection(spec, {"deep": 2}, EmbeddingConfig(), seed=0)
     with pytest.raises(DataError, match=r"bad\.parquet.*'click'.*row 333.*2.*0 or 1"):
         Split((tmp_path / "bad.parquet",), recipe.data, spec, embedding=embedding, training=True, seed=0)
-

@@ -5,6 +5,7 @@ import pytest
 import yaml
 
 from ninerank.errors import SpecError
+from ninerank.features.sources.synthetic import synthetic_spec
 from ninerank.training.recipe import Recipe, apply_override
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -86,7 +87,10 @@ def test_absent_data_are_named(recipe_path, tmp_path):
 
 
 def test_several_files_make_a_split(make_recipe):
-    assert [path.name for path in make_recipe("data.train=[train.parquet, valid.parquet]").data.files("train")] == ["train.parquet", "valid.parquet"]
+    assert [path.name for path in make_recipe("data.train=[train.parquet, valid.parquet]").data.files("train")] == [
+        "train.parquet",
+        "valid.parquet",
+    ]
     assert make_recipe("data.test=null").data.files("test") == ()
 
 
@@ -124,5 +128,7 @@ def test_an_override_may_open_a_section():
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_example_is_a_valid_recipe(path, monkeypatch, tmp_path):
     monkeypatch.setenv("NINERANK_DATA", str(tmp_path))
+    (tmp_path / "synthetic").mkdir()
+    synthetic_spec().save(tmp_path / "synthetic" / "spec.yaml")
     recipe = Recipe.load(path)
     assert recipe.data.dir.startswith(str(tmp_path))

@@ -23,7 +23,7 @@ MODES = {
 }
 
 
-class Crash(Exception):
+class CrashError(Exception):
     pass
 
 
@@ -52,7 +52,7 @@ def interrupt(trainer: Trainer) -> None:
 
 
 def crash(trainer: Trainer) -> None:
-    raise Crash
+    raise CrashError
 
 
 def without_times(metrics: dict) -> dict:
@@ -71,7 +71,7 @@ def test_stop_and_resume_gives_the_bytes_of_a_run_never_stopped(make_recipe, tmp
     parts = tmp_path / "parts"
     with pytest.raises(TrainingInterrupted, match=r"stopped by SIGINT; saved .*step-3"):
         at_step(Trainer(recipe, parts), 3, interrupt).fit()
-    with pytest.raises(Crash):  # goes back to step 10, in the middle of the second epoch
+    with pytest.raises(CrashError):  # goes back to step 10, in the middle of the second epoch
         at_step(Trainer(recipe, parts, resume=True), 13, crash).fit()
     resumed = Trainer(recipe, parts, resume=True)
     assert (resumed.progress.step, resumed.progress.epoch, resumed.progress.batch) == (10, 1, 2)

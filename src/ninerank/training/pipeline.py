@@ -25,8 +25,6 @@ from ninerank.training.recipe import DataConfig
 
 __all__ = ["Split", "fit_spec", "permutation"]
 
-MIN_TRAINING_ROWS = 2  # batch normalisation has no variance over one row
-
 
 def permutation(num_rows: int, seed: int, epoch: int) -> torch.Tensor:
     """Order of an epoch's rows: int64 (num_rows,), the one by which `Reader` takes rows that it holds in memory."""
@@ -57,8 +55,8 @@ def _head(reader: Reader, num_rows: int | None, on_rows: Callable[[int], None]) 
 class Split:
     """Batches of one split; process `rank` of `world_size` sees its part of each epoch's sequence of rows.
 
-    training: rows are shuffled if the recipe says so, and a last batch of one row is left out. on_rows: told of rows as they are read
-    into memory. Raises DataError for rows that are wrong, or too few.
+    training: rows are shuffled, and a last batch that is not full is left out, if the recipe says so. on_rows: told of rows as they are
+    read into memory. Raises DataError for rows that are wrong, or too few.
     """
 
     def __init__(
@@ -77,7 +75,6 @@ class Split:
         self.batch_size = data.batch_size
         self.shuffle = training and data.shuffle
         self.drop_last = training and data.drop_last
-        self.training = training
         self.seed = seed
         self._transform = Transform(spec)
         self._check = embedding.check
@@ -86,9 +83,9 @@ class Split:
         self._reader = shared(seed=seed if self.shuffle else None, rank=rank, world_size=world_size)
         total = self._reader.num_rows if self._rows is None else self._rows.num_rows
         self._first, self._last = total * rank // world_size, total * (rank + 1) // world_size
-        need = MIN_TRAINING_ROWS if training else 1
-        if self.num_rows < need:
-            raise DataError(f"{', '.join(map(str, paths))}: {self.num_rows} rows for each process; at least {need} must be there")
+        if self.num_batches == 0:
+            least = world_size * (self.batch_size if self.drop_last else 1)
+            raise DataError(f"{', '.join(map(str, paths))}: {total} rows make no batch; at least {least} are needed")
 
     @property
     def num_rows(self) -> int:
@@ -99,8 +96,7 @@ class Split:
     def num_batches(self) -> int:
         """Batches of an epoch."""
         full, rest = divmod(self.num_rows, self.batch_size)
-        shortest = self.batch_size if self.drop_last else MIN_TRAINING_ROWS if self.training and self.batch_size > 1 else 1
-        return full + (rest >= shortest)
+        return full + (rest > 0 and not self.drop_last)
 
     @property
     def in_memory(self) -> bool:
