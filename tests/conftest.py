@@ -2,25 +2,13 @@
 
 import os
 import shutil
-import sys
 from collections.abc import Callable
-from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-
-class _NoPandas(MetaPathFinder):
-    """pandas is no dependency, yet pyarrow reaches for it here and there: where it happens to be installed, nothing may lean on it."""
-
-    def find_spec(self, fullname: str, path: object, target: object = None) -> None:
-        if fullname == "pandas":
-            raise ModuleNotFoundError("No module named 'pandas' (kept away by tests/conftest.py)", name="pandas")
-
-
-sys.meta_path.insert(0, _NoPandas())
 
 # Shared machines make single examples slow now and then, which says nothing about the code; the same examples every time.
 settings.register_profile("ninerank", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
