@@ -70,6 +70,16 @@ def test_no_forbidden_words(reason: str) -> None:
     assert found == [], reason
 
 
+def test_pandas_is_no_dependency() -> None:
+    """pyarrow's to_pandas family imports it, which no lint of imports sees; where it happens to be installed no other test would fail."""
+    leaning = [
+        str(path.relative_to(ROOT))
+        for path in modules()
+        if re.search(r"\bto_pandas\w*\(|\bfrom_pandas\(", path.read_text(encoding="utf-8"))
+    ]
+    assert leaning == []
+
+
 def test_no_module_is_a_drawer() -> None:
     drawers = {"utils", "util", "common", "helpers", "helper", "misc", "tools", "base"}
     assert [str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py") if path.stem in drawers or path.parent.name in drawers] == []
