@@ -188,7 +188,9 @@ class TextLog:
             head = stream.read(1 << 20).split(b"\n", 1)[0] + b"\n"
         with reading(self.path, "text"):
             options = pc_csv.ParseOptions(delimiter=self.dialect.delimiter, quote_char='"' if self.dialect.quoted else False)
-            return list(pc_csv.read_csv(pa.py_buffer(head), parse_options=options).schema.names)
+            # One line needs no threads; a pool just started may abort a process that ends at once over an error.
+            calm = pc_csv.ReadOptions(use_threads=False)
+            return list(pc_csv.read_csv(pa.py_buffer(head), read_options=calm, parse_options=options).schema.names)
 
     block_rows = (None,)
 

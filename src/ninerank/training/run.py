@@ -82,11 +82,14 @@ class RunDir:
         return self.path / "best"
 
     def create(self, recipe: Recipe, *, overwrite: bool) -> None:
-        """Make the directory; raises SpecError where something is there already, unless it is a run and `overwrite` says it may go."""
+        """Make the directory; raises SpecError where something is there already, unless it is a run and `overwrite` says it may go.
+
+        What a run left that ended before it saved anything is replaced without a word.
+        """
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             if not self.recipe_path.is_file():
                 raise SpecError(f"{self.path}: exists and is no run directory; choose another --out")
-            if not overwrite:
+            if not overwrite and (self.checkpoints.exists() or self.best.exists()):
                 choices = "go on with it (--resume), replace it (--overwrite) or choose another --out"
                 raise SpecError(f"{self.path}: holds a run already; {choices}")
             shutil.rmtree(self.path)

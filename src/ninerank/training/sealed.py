@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ninerank.errors import CheckpointError
-from ninerank.features.atomic import replacing
+from ninerank.files import replacing
 
 __all__ = ["MANIFEST", "Sealed", "file_digest", "json_bytes", "replace", "replace_file", "verify", "write"]
 
