@@ -193,6 +193,9 @@ BAD = {
     "absurdly many candidates": (request(num_candidates=2**32 - 1), INVALID, "this one has 4294967295"),
     "unknown user feature": (request(user=[column("usr_id", ["u"])]), INVALID, "did you mean 'user_id'"),
     "unknown item feature": (request(item_features=[column("pryce", [1.0, 2.0])]), INVALID, "did you mean 'price'"),
+    "a very long name": (request(item_features=[column("x" * 100_000, [1.0, 2.0])]), INVALID, "unknown item feature 'xxx"),
+    "names of another alphabet": (request(item_features=[column("价格\n" * 5_000, [1.0, 2.0])]), INVALID, "unknown item feature '价"),
+    "very many columns": (request(item_features=[pb.Column()] * 200_000), INVALID, "unknown item feature ''"),
     "item feature of the user": (request(user=[column("price", [1.0])]), INVALID, "'price' is an item feature"),
     "two user rows": (request(user=[column("user_id", ["u", "v"])]), INVALID, "column 'user_id'"),
     "ragged candidates": (
@@ -298,6 +301,21 @@ def test_what_cannot_make_its_deadline_is_not_computed(start: Callable[..., Serv
         assert "the deadline passed" in refusal.value.details()
         assert slow.calls == 1
     own.still_serves()
+
+
+def test_calls_that_were_cancelled_are_not_computed(start: Callable[..., Served], monkeypatch: pytest.MonkeyPatch) -> None:
+    own = start(workers=1)
+    slow = SlowEngine(own, monkeypatch)
+    first = in_thread(own.still_serves)
+    assert slow.reached.acquire(timeout=60)
+    waiting = own.channel.unary_unary("/ninerank.v1.Predictor/Rank").future(request().SerializeToString(), timeout=60)
+    time.sleep(0.3)
+    waiting.cancel()
+    time.sleep(0.3)
+    slow.go_on.set()
+    first()
+    own.still_serves()
+    assert slow.calls == 2
 
 
 def test_more_than_may_wait_is_refused(start: Callable[..., Served], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,10 @@ class Manifest(Config):
         for name, entry in self.files.items():
             if name not in found:
                 raise BundleError(f"{directory / name}: is missing from the bundle")
-            actual = hash_file(found[name])
+            try:
+                actual = hash_file(found[name])
+            except OSError as error:
+                raise BundleError(f"{found[name]}: cannot be read ({error.strerror})") from None
             if actual.size_bytes != entry.size_bytes:
                 raise BundleError(f"{found[name]}: has {actual.size_bytes} bytes, the manifest says {entry.size_bytes}")
             if actual.sha256 != entry.sha256:

@@ -18,6 +18,7 @@ from ninerank.features.spec import FeatureSpec, Side
 __all__ = ["MAX_CANDIDATES", "RankInput", "RankOutput", "RequestSchema", "StageTimes", "check_num_candidates", "named", "record_batch"]
 
 MAX_CANDIDATES = 10_000
+MAX_SHOWN_NAME = 100
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ class RequestSchema:
                 array = _cast(name, array, dtype)
             arrays.append(array)
         if len(arrays) - len(missing) != len(columns):
-            self._refuse_unknown(side, columns)
+            for name in columns:
+                self.check_name(side, name)
         return record_batch(arrays, schema, num_rows), tuple(missing)
 
     def rank_input(self, user: pa.RecordBatch, items: pa.RecordBatch, max_candidates: int = MAX_CANDIDATES) -> RankInput:
@@ -104,15 +106,15 @@ class RequestSchema:
         zeros = pa.array(np.zeros(rank_input.items.num_rows, np.int64))
         return pa.RecordBatch.from_pydict(named(rank_input.user.take(zeros)) | named(rank_input.items))
 
-    def _refuse_unknown(self, side: Side, columns: Mapping[str, pa.Array]) -> None:
-        other: Side = "item" if side == "request" else "request"
-        for name in columns:
-            if name in self.side(side).names:
-                continue
-            if name in self.side(other).names:
-                kind = "an item" if other == "item" else "a user or context"
-                raise RequestError(f"feature {name!r} is {kind} feature, send it on that side")
-            raise RequestError(f"unknown {'item' if side == 'item' else 'user'} feature {name!r}; {nearest(name, self.side(side).names)}")
+    def check_name(self, side: Side, name: str) -> None:
+        """Raise RequestError, with the nearest name, unless `name` is a column of that side."""
+        schema, other = (self.request, self.item) if side == "request" else (self.item, self.request)
+        if schema.get_field_index(name) >= 0:
+            return
+        shown = name if len(name) <= MAX_SHOWN_NAME else name[:MAX_SHOWN_NAME] + "..."
+        if other.get_field_index(name) >= 0:
+            raise RequestError(f"feature {shown!r} is {'a user or context' if side == 'item' else 'an item'} feature, send it on that side")
+        raise RequestError(f"unknown {'item' if side == 'item' else 'user'} feature {shown!r}; {nearest(shown, schema.names)}")
 
 
 def check_num_candidates(count: int, limit: int) -> None:

@@ -27,7 +27,7 @@ from typing_extensions import Self
 
 from ninerank.config import Config
 from ninerank.errors import DataError
-from ninerank.features.atomic import replacing
+from ninerank.files import replacing
 from ninerank.predictor.request import RankInput, RequestSchema, record_batch
 
 __all__ = ["LogConfig", "LogStats", "LoggedRequest", "RequestLog", "read_log"]

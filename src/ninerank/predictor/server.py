@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Predictor"].full_name
 REQUEST_ID_KEY = "ninerank-request-id"
+MAX_MESSAGE_LENGTH = 1_000  # of an error: it travels in a header, and peers bound these
 # The first class that fits decides.
 _STATUS: tuple[tuple[type[NinerankError], grpc.StatusCode], ...] = (
     (UnknownModelError, grpc.StatusCode.NOT_FOUND),
@@ -109,7 +110,8 @@ class PredictorServer:
     def start(self) -> Ports:
         """Listen and answer; raises DeviceError where a port cannot be had."""
         metrics = None
-        address = f"{self.config.host}:{self.config.port}"
+        host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host  # IPv6
+        address = f"{host}:{self.config.port}"
         try:
             if self.config.metrics_port is not None:
                 metrics = self.telemetry.listen(self.config.host, self.config.metrics_port)
@@ -139,6 +141,9 @@ class PredictorServer:
         # Without a deadline gRPC says that years remain.
         deadline_ns = time.perf_counter_ns() + int(min(context.time_remaining(), 1e9) * 1e9)
         call = Call(self._pool.submitted_ns(), deadline_ns, new_request_id())
+        if not context.is_active():  # the client left while the call waited for a worker
+            self.telemetry.requests.labels(grpc.StatusCode.CANCELLED.name).inc()
+            context.abort(grpc.StatusCode.CANCELLED, "the call was cancelled")
         try:
             answer = self.service.rank(data, call)
         except Exception as error:  # noqa: BLE001 - whatever it is, the server goes on
@@ -156,7 +161,9 @@ def _refusal(error: Exception, request_id: str) -> tuple[grpc.StatusCode, str]:
     """Status and message for the client; of a fault of our own it learns the request id alone, the log has the rest."""
     for kind, status in _STATUS:
         if isinstance(error, kind):
-            return status, f"{error} (request {request_id})"
+            text = str(error)
+            shown = text if len(text) <= MAX_MESSAGE_LENGTH else text[:MAX_MESSAGE_LENGTH] + "..."
+            return status, f"{shown} (request {request_id})"
     log.error("request %s failed", request_id, exc_info=error)
     return grpc.StatusCode.INTERNAL, f"internal error (request {request_id})"
 

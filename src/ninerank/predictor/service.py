@@ -15,7 +15,7 @@ import pyarrow as pa
 from google.protobuf.message import DecodeError
 
 from ninerank.errors import DeadlineError, RequestError
-from ninerank.features.spec import FeatureSpec, IdFeature
+from ninerank.features.spec import FeatureSpec, IdFeature, Side
 from ninerank.predictor.cache import FeatureSource
 from ninerank.predictor.engine import Engine
 from ninerank.predictor.request import MAX_CANDIDATES, RankInput, RankOutput, check_num_candidates
@@ -136,7 +136,7 @@ class RankService:
         return request
 
     def _user(self, request: pb.RankRequest) -> tuple[pa.RecordBatch, tuple[str, ...]]:
-        return self.engine.schema.conform("request", _decode(request.user, 1), 1)
+        return self.engine.schema.conform("request", self._decode("request", request.user, 1), 1)
 
     def _candidates(self, request: pb.RankRequest) -> tuple[pa.Array | None, dict[str, pa.Array]]:
         ids = decode_column(request.candidate_ids, request.num_candidates) if request.HasField("candidate_ids") else None
@@ -144,7 +144,17 @@ class RankService:
             raise RequestError("candidate_ids holds lists, one id a candidate is needed")
         if ids is None and not request.item_features and len(self.engine.schema.item):
             raise RequestError("neither candidate_ids nor item_features are set, one of them is needed")
-        return ids, _decode(request.item_features, request.num_candidates)
+        return ids, self._decode("item", request.item_features, request.num_candidates)
+
+    def _decode(self, side: Side, columns: Iterable[pb.Column], num_rows: int) -> dict[str, pa.Array]:
+        decoded: dict[str, pa.Array] = {}
+        for column in columns:
+            # Before the values, so that a message of a million columns costs no more than one of a few.
+            self.engine.schema.check_name(side, column.name)
+            if column.name in decoded:
+                raise RequestError(f"feature {column.name!r} is sent twice")
+            decoded[column.name] = decode_column(column, num_rows)
+        return decoded
 
     def _complete(self, ids: pa.Array | None, given: dict[str, pa.Array], count: int) -> tuple[pa.RecordBatch, tuple[str, ...], list[int]]:
         """Item columns of request and cache together, those in neither, and the candidates that the cache does not know."""
@@ -198,12 +208,3 @@ class RankService:
 def new_request_id() -> str:
     """A request id for a client that sent none."""
     return secrets.token_hex(8)
-
-
-def _decode(columns: Iterable[pb.Column], num_rows: int) -> dict[str, pa.Array]:
-    decoded: dict[str, pa.Array] = {}
-    for column in columns:
-        if column.name in decoded:
-            raise RequestError(f"feature {column.name!r} is sent twice")
-        decoded[column.name] = decode_column(column, num_rows)
-    return decoded
