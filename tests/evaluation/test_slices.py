@@ -66,6 +66,12 @@ def test_many_floats_become_ranges_of_equal_mass(scored: Columns) -> None:
     assert next(iter(found)) == "1 to 59"
 
 
+def test_a_value_called_other_keeps_its_rows(scored: Columns) -> None:
+    values = pa.array([OTHER] * 300 + ["a"] * 200 + ["b"] * 100)
+    found = Slices("x", max_values=2).update(values, *scored).value()
+    assert {name: own.rows for name, own in found.items()} == {OTHER: 300, "a": 200, f"{OTHER}*": 100}
+
+
 def test_many_whole_numbers_stay_values(scored: Columns) -> None:
     found = Slices("x", max_values=3).update(pa.array(range(600)), *scored).value()
     assert [own.rows for own in found.values()] == [1, 1, 1, 597]

@@ -40,6 +40,8 @@ def run(
     """Score every request of a served log again: largest score difference, changed order, and quality if labels are given."""
     if (bundle is None) == (target is None):
         raise typer.BadParameter("give one of --bundle and --target", param_hint="--bundle / --target")
+    import torch
+
     from ninerank.cli.progress import progress_bar
     from ninerank.evaluation.joined import Labels
     from ninerank.evaluation.page import check_writable, write_text
@@ -48,6 +50,8 @@ def run(
     from ninerank.evaluation.report import replay_page
     from ninerank.predictor.requestlog import read_log
 
+    # As the server: requests are small, and threads that wait for each other cost more than they bring.
+    torch.set_num_threads(1)
     check_writable(out)
     check_writable(report)
     total = count_requests(log)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ninerank import __version__
 from ninerank.errors import DataError
-from ninerank.features.atomic import replacing
+from ninerank.files import replacing
 
 __all__ = [
     "chart_card",
@@ -53,14 +53,15 @@ def chart_card(title: str, hint: str, svg: str) -> str:
     return f'<figure class="card"><h3>{escape(title)}</h3><div class="hint">{escape(hint)}</div>{svg}</figure>'
 
 
-def table_section(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], *, whole: bool = False) -> str:
-    """A table whose first column names the row; cells are html. whole: the first row is the sum of the others."""
+def table_section(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], *, whole: bool = False, narrow: bool = False) -> str:
+    """A table whose first column names the row; cells are html. whole: the first row is the sum of the others. narrow: few columns."""
     head = "".join(f"<th>{escape(name)}</th>" for name in heads)
     body = "".join(
         f"<tr{' class=all' if whole and place == 0 else ''}>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>"
         for place, row in enumerate(rows)
     )
-    return f'<h2>{escape(title)}</h2><div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    style = "card scroll narrow" if narrow else "card scroll"
+    return f'<h2>{escape(title)}</h2><div class="{style}"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def inline_bar(share: float) -> str:

@@ -101,6 +101,7 @@ class EndpointReplayer(Replayer):
             result = self._client.rank(
                 {name: user.column(name)[0].as_py() for name in user.schema.names},
                 {name: items.column(name) for name in items.schema.names},
+                ids=None if items.num_columns else np.arange(items.num_rows),
                 request_id=request.request_id,
             )
         scores_NT = np.stack(list(result.tasks.values()), axis=1) if result.tasks else result.scores[:, None]

@@ -109,18 +109,23 @@ def replay_page(replay: Replay) -> str:
     """HTML page of a replay."""
     parity = replay.parity
     served, answered = (
-        ", ".join(f"{name} {version} ({n:,})" for (name, version), n in found.items()) for found in (replay.served, replay.answered)
+        ", ".join(f"{name} {version} ({n:,} requests)" for (name, version), n in found.items())
+        for found in (replay.served, replay.answered)
     )
     facts = {
         "Log": replay.log,
-        "Served by": f"{served} requests",
-        f"Scored again by {replay.kind}": f"{answered} requests, {replay.source}",
+        "Served by": served,
+        f"Scored again by {replay.kind}": f"{answered}, {replay.source}",
         "Spec digest": replay.spec_digest or "not told by the endpoint",
         "Time": f"{replay.seconds:.1f} s, {parity.num_requests / replay.seconds:,.0f} requests/s",
         **({} if replay.joined is None else {"Labels": ", ".join(f"{n:,} {name}" for name, n in replay.joined.as_dict().items())}),
     }
     differences = [[name, f"{count:,}{inline_bar(count / parity.num_scores)}"] for name, count in parity.histogram() if count]
-    sections = [_parity_verdict(replay), _parity_tiles(replay), table_section("Score differences", ["difference", "scores"], differences)]
+    sections = [
+        _parity_verdict(replay),
+        _parity_tiles(replay),
+        table_section("Score differences", ["difference", "scores"], differences, narrow=True),
+    ]
     for task, again in replay.again.items():
         logged, now = replay.logged[task].summary(), again.summary()
         sections += [

@@ -82,7 +82,8 @@ class Slices:
                 label, score, weight, group = (None if column is None else column[own] for column in columns)
                 assert label is not None
                 assert score is not None
-                found[name] = Quality().update(label, score, weight, group).summary()
+                # A value may be called as a range or "(other)" is.
+                found[name if name not in found else f"{name}*"] = Quality().update(label, score, weight, group).summary()
         return found
 
     def _column(self, name: str) -> Array | None:
