@@ -98,6 +98,25 @@ def test_interrupt_during_validation_is_met(make_recipe, tmp_path, monkeypatch):
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
+def test_interrupt_during_the_test_saves_nothing_wrong(make_recipe, tmp_path, monkeypatch):
+    recipe = make_recipe("schedule.epochs=2", "schedule.early_stopping.min_delta=1.0")
+    whole = Trainer(recipe, tmp_path / "whole").fit()
+    assert whole["best_epoch"] == 1  # so that the best weights are not the last ones
+    trainer = Trainer(recipe, tmp_path / "parts")
+    monkeypatch.setattr(trainer, "_report", lambda seconds, report=trainer._report: (interrupt(trainer), report(seconds)))
+    with pytest.raises(TrainingInterrupted, match="step-16"):
+        trainer.fit()
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+    assert without_times(Trainer(recipe, tmp_path / "parts", resume=True).fit()) == without_times(whole)
+
+
+def test_a_run_that_saved_nothing_may_start_again(make_recipe, tmp_path):
+    with pytest.raises(DataError, match="is missing"):
+        Trainer(make_recipe("spec.features.0.column=usr"), tmp_path / "run")
+    assert (tmp_path / "run" / "recipe.yaml").exists()
+    assert Trainer(make_recipe(), tmp_path / "run").progress.step == 0
+
+
 def test_another_seed_gives_other_weights(make_recipe, tmp_path):
     for seed in (1, 2):
         Trainer(make_recipe(f"seed={seed}", "schedule.epochs=1"), tmp_path / str(seed)).fit()

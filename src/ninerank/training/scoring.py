@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ninerank.errors import DataError
+from ninerank.errors import DataError, SpecError
 from ninerank.features.batch import Batch
 from ninerank.metrics import AUC, GAUC, PCOC, LogLoss
 
@@ -77,7 +77,10 @@ def measure(
             batch = host_batch.to(device)
             if scores is None:
                 scores = Scores(labels, grouped=batch.group_B is not None)
-            scores.update(host_batch, torch.sigmoid(model(batch).float()))
+            score_BT = torch.sigmoid(model(batch).float())
+            if not bool(score_BT.isfinite().all()):
+                raise SpecError("the model's scores are not finite: training diverged; lower optimizer.lr, or set schedule.clip_norm")
+            scores.update(host_batch, score_BT)
             on_rows(batch.num_rows)
     finally:
         model.train(was_training)

@@ -297,7 +297,8 @@ class Trainer:
         log.info("resumed from %s: epoch %d, batch %d", where, self.progress.epoch + 1, self.progress.batch)
 
     def _stop(self) -> NoReturn:
-        path = self._save()
+        # Between epochs everything is saved already, and during the test the model holds the best weights, not the last ones.
+        path = self._save() if self.progress.batch else self.store.directory / f"step-{self.progress.step}"
         raise TrainingInterrupted(self._interrupts.requested or "a signal", path)
 
 
