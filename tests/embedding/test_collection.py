@@ -193,6 +193,12 @@ def test_batch_of_another_spec_is_refused(spec: FeatureSpec, narrow_spec: Featur
     batch = make_batch(narrow_spec, 2)
     with pytest.raises(DataError, match="3 request rows and 2 item rows"):
         collection_of(narrow_spec)(replace(batch, request=make_batch(narrow_spec, 3).request))
+    ranked = make_batch(narrow_spec, 3, requests=2)
+    with pytest.raises(DataError, match="names a request row for 1 candidates, the batch has 3"):
+        collection_of(narrow_spec)(replace(ranked, user_row_B=torch.zeros(1, dtype=torch.int64)))
+    for bad in (-1, 2):
+        with pytest.raises(DataError, match="request rows 0 to 1"):
+            collection_of(narrow_spec)(replace(ranked, user_row_B=torch.tensor([0, bad, 1])))
     too_long = make_batch(spec, 2)
     lengths = torch.tensor([7, 0, 0, 0])
     sequences = KeyedJagged(too_long.request.sequences.keys, torch.zeros(7, dtype=torch.int64), lengths, 2)

@@ -1,4 +1,6 @@
 import copy
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,6 +66,30 @@ def test_forward_and_backward_need_no_values_when_shapes_are_static(name: str, m
         logits = model(batch(requests, 6).to(meta))
         logits.sum().backward()
         assert logits.shape == (6, 2)
+
+
+@pytest.mark.parametrize("mode", ["dense", "sparse"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "din"])
+def test_a_spec_of_numbers_alone_is_enough(name: str, mode: str) -> None:
+    spec = FeatureSpec(labels=("click",), features=FEATURES[-1:])
+    model = build_model(parse_model({"name": name}), spec, EmbeddingConfig.parse({"mode": mode}, "embedding"), seed=1)
+    none = KeyedJagged((), torch.zeros(0, dtype=torch.int64), None, 4)
+    logits = model(Batch(Block(none, none, none, torch.zeros(4, 0)), Block(none, none, none, torch.randn(4, 1))))
+    logits.sum().backward()
+    assert logits.shape == (4, 1)
+
+
+def test_the_tower_in_the_documentation_runs() -> None:
+    page = Path(__file__).parents[2] / "docs" / "models.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(code, str(page), "exec"), names)
+    none = KeyedJagged((), torch.zeros(0, dtype=torch.int64), None, 3)
+
+    def block(key: str) -> Block:
+        return Block(KeyedJagged((key,), torch.arange(3), None, 3), none, none, torch.zeros(3, 0))
+
+    assert names["model"](Batch(block("user"), block("item"))).shape == (3, 1)
 
 
 @pytest.mark.parametrize("name", NAMES)

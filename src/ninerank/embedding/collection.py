@@ -119,8 +119,14 @@ class EmbeddingCollection(nn.Module):
 
     def check(self, batch: Batch) -> None:
         """Raise DataError for an id outside its table, other features than the spec's, or sides that do not fit together."""
-        if batch.user_row_B is None and batch.request.num_rows != batch.item.num_rows:
-            raise DataError(f"batch has {batch.request.num_rows} request rows and {batch.item.num_rows} item rows, but no user_row_B")
+        num_requests, num_rows, user_row_B = batch.request.num_rows, batch.item.num_rows, batch.user_row_B
+        if user_row_B is None:
+            if num_requests != num_rows:
+                raise DataError(f"batch has {num_requests} request rows and {num_rows} item rows, but no user_row_B")
+        elif user_row_B.numel() != num_rows:
+            raise DataError(f"user_row_B names a request row for {user_row_B.numel()} candidates, the batch has {num_rows}")
+        elif num_rows and not 0 <= int(user_row_B.min()) <= int(user_row_B.max()) < num_requests:
+            raise DataError(f"user_row_B spans {int(user_row_B.min())} to {int(user_row_B.max())}, request rows 0 to {num_requests - 1}")
         sides: tuple[tuple[SideRows, Block], ...] = ((self.request, batch.request), (self.item, batch.item))
         for side, block in sides:
             side.check(block)
@@ -130,5 +136,7 @@ class EmbeddingCollection(nn.Module):
 
     def l2_penalty(self) -> Tensor:
         """(l2 / 2) * ||E||^2 over all rows of all tables of all groups; a scalar."""
+        if self.config.l2 == 0:
+            return torch.zeros((), device=self.named_groups()[0][1].storage.device)
         squares = [group.storage.square().sum() for _, group in self.named_groups()]
         return torch.stack(squares).sum() * (self.config.l2 / 2)

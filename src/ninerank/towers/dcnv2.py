@@ -21,6 +21,8 @@ __all__ = ["DCNv2"]
 
 
 class DCNv2(nn.Module):
+    """Logits (B, T) from the `deep` group; see the equations above."""
+
     def __init__(self, config: DCNv2Config, shape: TowerShape) -> None:
         super().__init__()
         self.is_parallel = config.structure == "parallel"

@@ -17,6 +17,8 @@ __all__ = ["DeepFM"]
 
 
 class DeepFM(nn.Module):
+    """Logits (B, T) from the groups `linear` and `deep`; see the equation above."""
+
     def __init__(self, config: DeepFMConfig, shape: TowerShape) -> None:
         super().__init__()
         self.linear = LinearTerm(shape)

@@ -25,6 +25,8 @@ __all__ = ["DIN"]
 
 
 class DIN(nn.Module):
+    """Logits (B, T) from the `deep` group; raises SpecError for a spec without a sequence."""
+
     def __init__(self, config: DINConfig, shape: TowerShape) -> None:
         super().__init__()
         if not shape.sequences:

@@ -22,6 +22,8 @@ __all__ = ["DLRM"]
 
 
 class DLRM(nn.Module):
+    """Logits (B, T) from the `deep` group; raises SpecError for a spec in which nothing can interact."""
+
     def __init__(self, config: DLRMConfig, shape: TowerShape) -> None:
         super().__init__()
         dim = config.embedding_dim

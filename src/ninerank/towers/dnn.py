@@ -17,6 +17,8 @@ __all__ = ["DNN"]
 
 
 class DNN(nn.Module):
+    """Logits (B, T) from the `deep` group; see the equation above."""
+
     def __init__(self, config: DNNConfig, shape: TowerShape) -> None:
         super().__init__()
         self.flat = FlatInput(shape, config.embedding_dim)

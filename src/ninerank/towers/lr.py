@@ -16,6 +16,8 @@ __all__ = ["LR"]
 
 
 class LR(nn.Module):
+    """Logits (B, T) from the `linear` group; see the equation above."""
+
     def __init__(self, config: LRConfig, shape: TowerShape) -> None:
         super().__init__()
         self.linear = LinearTerm(shape)
