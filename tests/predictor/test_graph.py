@@ -129,6 +129,7 @@ X = {"input": "dense"}
         ({"nodes": [node("os.system", "true")]}, "not allowed"),
         ({"nodes": [node("operator.attrgetter", "x")]}, "not allowed"),
         ({"nodes": [node("aten.relu.default", X, name="a); import os; (b")]}, "is no name of a node"),
+        ({"nodes": [node("aten.relu.default", X, **{"a=1, b": 1})]}, "is no name of a node or an argument"),
         ({"nodes": [node("aten.relu.default", {"ref": "later"})]}, "malformed"),
         ({"nodes": [node("aten.relu.default", {"weight": "missing"})]}, "malformed"),
         ({"nodes": [node("aten.to.dtype", X, {"dtype": "load"})]}, "'load' is no dtype"),

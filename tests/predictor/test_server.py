@@ -19,20 +19,27 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from ninerank.embedding.collection import EmbeddingConfig
 from ninerank.errors import DeadlineError, DeviceError, NinerankError, OverloadError, RequestError
 from ninerank.features.spec import FeatureSpec
 from ninerank.features.transform import Transform
+from ninerank.predictor.bundle import export_bundle
 from ninerank.predictor.client import PredictorClient, build_request
 from ninerank.predictor.requestlog import read_log
 from ninerank.predictor.server import PredictorServer, ServeConfig
 from ninerank.predictor.service import Call
 from ninerank.predictor.wire import encode_column
 from ninerank.proto.v1 import predictor_pb2 as pb
+from ninerank.towers.config import parse_model
 from ninerank.towers.model import RankingModel
+from ninerank.towers.registry import build_model
 
 Rows = Callable[..., pa.RecordBatch]
 USER = {"user_id": "u1", "age": 30.5, "hour": 7, "history": ["i1", "i2"]}
 ITEMS = [{"item_id": "i1", "price": 1.5, "tags": ["t1"], "city": "rome"}, {"item_id": "i2", "price": None, "tags": [], "city": "oslo"}]
+
+
+ROLES = (("u", "user"), ("i", "item"))
 
 
 class Served:
@@ -83,7 +90,7 @@ def start(bundle_dir: Path) -> Iterator[Callable[..., Served]]:
     """Starts servers of the test's own."""
     running: list[Served] = []
 
-    def begin(**config: Any) -> Served:
+    def begin(bundle_dir: Path = bundle_dir, **config: Any) -> Served:
         running.append(Served(bundle_dir, **config))
         return running[-1]
 
@@ -116,6 +123,25 @@ def test_served_scores_are_those_of_the_trained_model(
     assert not result.tasks
     times = result.timings_us
     assert times["total"] >= times["transform"] + times["lookup"] + times["compute"] > 0
+
+
+def test_a_model_of_two_tasks_gives_both(start: Callable[..., Served], tmp_path: Path) -> None:
+    features = [{"name": name, "kind": "id", "role": role, "encoding": {"kind": "hashed", "num_buckets": 9}} for name, role in ROLES]
+    spec = FeatureSpec.parse({"labels": ["click", "buy"], "features": features}, "spec")
+    model = build_model(parse_model({"name": "lr"}), spec, EmbeddingConfig(init_std=1.0), seed=1)
+    rows = pa.record_batch({"u": ["a"] * 4, "i": ["x", "y", "z", None]})
+    export_bundle(model, spec, rows, tmp_path / "two", model_name="two", version="1")
+    own = start(bundle_dir=tmp_path / "two", log_dir=tmp_path / "log")
+    wanted = own.server.engine.score(rows)
+    with PredictorClient(own.target) as client:
+        result = client.rank({"u": "a"}, {"i": ["x", "y", "z", None]})
+    assert list(result.tasks) == ["click", "buy"]
+    assert np.abs(np.stack([result.tasks["click"], result.tasks["buy"]], 1) - wanted).max() <= 1e-6
+    assert np.array_equal(result.scores, result.tasks["click"])
+    assert result.order.tolist() == np.argsort(-wanted[:, 0], kind="stable").tolist()
+    own.server.stop()
+    (logged,) = read_log(tmp_path / "log")
+    assert np.array_equal(own.server.engine.rank(logged.input).scores_NT, logged.scores_NT)
 
 
 def test_top_k_bounds_the_order_alone(client: PredictorClient) -> None:

@@ -80,7 +80,9 @@ class Engine:
             request = RankInput(golden.rows.select(self.schema.request.names).slice(0, 1), golden.rows.select(self.schema.item.names))
             ranked = self.rank(request)
             self._compare(ranked.scores_NT, self.score(self.schema.joined(request)), tolerance, "scores of a request and of the same rows")
-        except (DataError, RequestError, KeyError, RuntimeError) as error:
+        except BundleError:
+            raise
+        except Exception as error:  # a graph that is wrong may fail in any way
             raise BundleError(f"bundle {bundle.directory}: its golden rows cannot be scored ({type(error).__name__}: {error})") from error
 
     def _compare(self, scores_BT: npt.NDArray[np.float32], wanted_BT: npt.NDArray[np.float32], tolerance: float, what: str) -> None:

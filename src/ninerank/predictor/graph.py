@@ -191,10 +191,11 @@ class _Builder:
         for position, key in enumerate(self.data["inputs"]):
             self.values["input", key] = self.graph.placeholder(f"input_{position}")
         for node in self.data["nodes"]:
-            if not _NAME.fullmatch(node["name"]):
-                raise BundleError(f"dense graph: {node['name']!r} is no name of a node")
+            for name in (node["name"], *node["kwargs"]):
+                if not _NAME.fullmatch(name):
+                    raise BundleError(f"dense graph: {name!r} is no name of a node or an argument")
             args = tuple(self.argument(a) for a in node["args"])
-            kwargs = {key: self.argument(a) for key, a in node["kwargs"].items() if _NAME.fullmatch(key)}
+            kwargs = {key: self.argument(a) for key, a in node["kwargs"].items()}
             made = self.graph.create_node("call_function", _operator(node["op"]), args, kwargs, name=node["name"])
             self.values["ref", node["name"]] = made
         self.graph.output(self.argument(self.data["output"]))

@@ -73,6 +73,7 @@ class RankService:
         self.engine = engine
         self.telemetry = telemetry
         self._items = items
+        self._item_columns = frozenset(engine.schema.item.names)
         self._item_key = items.key if items is not None else default_item_key(engine.spec)
         self._log = request_log
         self._max_candidates = max_candidates
@@ -159,8 +160,8 @@ class RankService:
     def _complete(self, ids: pa.Array | None, given: dict[str, pa.Array], count: int) -> tuple[pa.RecordBatch, tuple[str, ...], list[int]]:
         """Item columns of request and cache together, those in neither, and the candidates that the cache does not know."""
         columns, unknown = given, []
-        wanted = self.engine.schema.item.names
-        if ids is not None and any(name not in given for name in wanted):
+        wanted = self._item_columns
+        if ids is not None and not wanted <= given.keys():
             if self._items is not None:
                 rows = self._items.fetch(ids)
                 columns = {**{name: array for name, array in rows.columns.items() if name in wanted}, **given}
