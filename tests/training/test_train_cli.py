@@ -61,7 +61,7 @@ def final_weights(out: Path, step: int) -> dict[str, bytes]:
     return {name: path.read_bytes() for name, path in files.items() if path.suffix == ".safetensors"}
 
 
-def test_signals_save_and_resume_gives_the_same_bytes(recipe_path, tmp_path):
+def test_signals_save_a_kill_loses_little_and_resume_gives_the_same_bytes(recipe_path, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = ("--set", "schedule.epochs=12", "--set", "schedule.early_stopping=null", "--set", "data.batch_size=32")
     done = run(recipe_path, "--out", whole, "--json", *options)
@@ -82,6 +82,10 @@ def test_signals_save_and_resume_gives_the_same_bytes(recipe_path, tmp_path):
         assert saved is not None, err
         assert stopped_at < int(saved[1]) < 264
         stopped_at = int(saved[1])
+    process = start("--resume", "--out", parts)
+    wait_for_step(parts, stopped_at + 5, process)
+    process.kill()
+    process.communicate(timeout=WAIT_S)
     assert not (parts / "metrics.json").exists()
 
     done = run("--resume", "--out", parts, "--json")
