@@ -111,9 +111,8 @@ class EmbeddingCollection(nn.Module):
             dense_request = dense_request.index_select(0, batch.user_row_B)
         inputs = {"dense": torch.cat([dense_request, dense_item], dim=1)}
         for name, group in self.named_groups():
-            rows_ND = group.rows(index.row_N)
-            inputs[name] = index.fields(rows_ND)
-            inputs.update({f"{name}.seq.{key}": value for key, value in index.sequences(rows_ND).items()})
+            inputs[name], sequences = index.assemble(group.rows(index.row_N))
+            inputs.update({f"{name}.seq.{key}": rows_BLD for key, rows_BLD in sequences.items()})
         inputs.update({f"mask.{key}": mask for key, mask in index.masks().items()})
         return inputs
 

@@ -37,24 +37,11 @@ class BatchIndex:
         self.row_N = torch.cat(parts)
         self._paddings = [_padding(side, block, pad_to_max) for side, block in self._sides]
 
-    def fields(self, rows_ND: Tensor) -> Tensor:
-        """Pooled fields (B, Fs, D) from the rows of `row_N`."""
-        parts, dim = self._parts(rows_ND), rows_ND.shape[1]
-        counts = [len(side.single.keys) for side, _ in self._sides]
-        bags = [_pooled(side, block, part) for (side, block), part in zip(self._sides, parts[-4:-2], strict=True)]
-        if self._is_joint:
-            single_BFD = parts[0].view(self._sides[0][1].num_rows, sum(counts), dim)
-            if not any(bag.shape[1] for bag in bags):
-                return single_BFD
-            request, item = torch.split_with_sizes(single_BFD, counts, dim=1)
-        else:
-            request, item = (part.view(block.num_rows, n, dim) for part, n, (_, block) in zip(parts[:2], counts, self._sides, strict=True))
-        return torch.cat([self._expanded(torch.cat([request, bags[0]], dim=1)), item, bags[1]], dim=1)
-
-    def sequences(self, rows_ND: Tensor) -> dict[str, Tensor]:
-        """Rows of each sequence (B, L, D), zero beyond its end."""
-        request, item = (self._padded(i, part) for i, part in enumerate(self._parts(rows_ND)[-2:]))
-        return {key: self._expanded(rows_RLD) for key, rows_RLD in request.items()} | item
+    def assemble(self, rows_ND: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """From the rows of `row_N`: pooled fields (B, Fs, D), and rows of each sequence (B, L, D), zero beyond its end."""
+        parts = self._parts(rows_ND)
+        single, bag_parts, sequence_parts = parts[:-4], parts[-4:-2], parts[-2:]
+        return self._fields(single, bag_parts, rows_ND.shape[1]), self._sequences(sequence_parts)
 
     def masks(self) -> dict[str, Tensor]:
         """Which places (B, L) of each sequence hold an id."""
@@ -70,9 +57,24 @@ class BatchIndex:
         # One part holds all rows: a split would copy them in its backward.
         return [rows_ND if size else rows_ND[:0] for size in self._sizes]
 
-    def _padded(self, i: int, rows_ND: Tensor) -> dict[str, Tensor]:
-        padding = self._paddings[i]
-        return dict(zip(self._sides[i][0].sequences.keys, padding.pad(rows_ND), strict=True)) if padding else {}
+    def _fields(self, single: list[Tensor], bag_parts: list[Tensor], dim: int) -> Tensor:
+        counts = [len(side.single.keys) for side, _ in self._sides]
+        bags = [_pooled(side, block, part) for (side, block), part in zip(self._sides, bag_parts, strict=True)]
+        if self._is_joint:
+            single_BFD = single[0].view(self._sides[0][1].num_rows, sum(counts), dim)
+            if not any(bag.shape[1] for bag in bags):
+                return single_BFD
+            request, item = torch.split_with_sizes(single_BFD, counts, dim=1)
+        else:
+            request, item = (part.view(block.num_rows, n, dim) for part, n, (_, block) in zip(single, counts, self._sides, strict=True))
+        return torch.cat([self._expanded(torch.cat([request, bags[0]], dim=1)), item, bags[1]], dim=1)
+
+    def _sequences(self, parts: list[Tensor]) -> dict[str, Tensor]:
+        request, item = (
+            dict(zip(side.sequences.keys, padding.pad(part) if padding else (), strict=True))
+            for (side, _), padding, part in zip(self._sides, self._paddings, parts, strict=True)
+        )
+        return {key: self._expanded(rows_RLD) for key, rows_RLD in request.items()} | item
 
     def _expanded(self, tensor: Tensor) -> Tensor:
         """Request rows repeated for each candidate, as late as can be."""
