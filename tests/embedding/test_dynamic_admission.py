@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ninerank.embedding.dynamic.admission import Admission, AdmissionConfig, Always, BloomCounter, Frequency, Probability, admission
@@ -27,6 +27,7 @@ def admit(policy: Admission, ids: list[int], step: int = 0) -> set[int]:
 
 
 @given(batches, st.integers(1, 6))
+@settings(max_examples=40)
 def test_exact_counts(steps: Batches, threshold: int) -> None:
     policy, seen, known = make(Frequency(threshold=threshold)), Counter[int](), set[int]()
     for step, ids in enumerate(steps):
@@ -39,8 +40,9 @@ def test_exact_counts(steps: Batches, threshold: int) -> None:
 
 
 @given(batches, st.integers(1, 6))
+@settings(max_examples=30)
 def test_bloom_counts_are_never_too_low_and_exact_while_few(steps: Batches, threshold: int) -> None:
-    policy = make(Frequency(threshold=threshold, counter=BloomCounter(expected_ids=10_000, false_positive_rate=1e-4)))
+    policy = make(Frequency(threshold=threshold, counter=BloomCounter(expected_ids=1000, false_positive_rate=1e-5)))
     seen = Counter[int]()
     for step, ids in enumerate(steps):
         seen.update(ids)
@@ -92,6 +94,7 @@ def test_halving_drops_ids_with_nothing_left() -> None:
         assert policy.num_pending == left
 
 
+@settings(max_examples=30)
 @given(st.lists(st.integers(-100, 100), min_size=1, max_size=60), st.randoms(use_true_random=False), st.integers(0, 5))
 def test_draws_do_not_depend_on_order_or_company(ids: list[int], random: object, step: int) -> None:
     policy = make(Probability(probability=0.3))

@@ -70,7 +70,7 @@ class IdMapMachine(RuleBasedStateMachine):
 
 
 TestIdMapMachine = IdMapMachine.TestCase
-TestIdMapMachine.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestIdMapMachine.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
 
 
 @pytest.mark.parametrize("special", SPECIAL)

@@ -8,8 +8,9 @@ import pytest
 
 from ninerank.embedding.dynamic import reserve
 from ninerank.embedding.dynamic.reserve import Region, RowArray
-from ninerank.embedding.dynamic.rules import StateSpec
+from ninerank.embedding.dynamic.rules import SparseRule
 from ninerank.embedding.dynamic.storage import RowStorage
+from ninerank.embedding.optimizer import SparseOptimizerConfig
 
 
 def resident_bytes() -> int:
@@ -100,7 +101,8 @@ def test_more_than_the_address_space_is_a_memory_error() -> None:
 
 
 def test_rows_given_up_are_given_out_first() -> None:
-    storage = RowStorage("t", {"deep": 2}, {"deep": {"sum": StateSpec(1, 0.5)}}, std=1.0, seed=0, rows=4)
+    rule = SparseRule(SparseOptimizerConfig(initial_accumulator=0.5), "t")
+    storage = RowStorage("t", {"deep": 2}, rule, std=1.0, seed=0, rows=4)
     storage.ensure(10)
     storage.used = 5
     storage.open(np.arange(1, 5), np.arange(11, 15), 3)
@@ -117,7 +119,7 @@ def test_rows_given_up_are_given_out_first() -> None:
 
 
 def test_counts_stay_at_the_greatest() -> None:
-    storage = RowStorage("t", {"deep": 1}, {}, std=1.0, seed=0, rows=4)
+    storage = RowStorage("t", {"deep": 1}, None, std=1.0, seed=0, rows=4)
     storage.used = 2
     storage.book["count"][1] = 2**32 - 2
     storage.touch(np.array([1, 1, 1]), 0, 1)

@@ -1,14 +1,11 @@
 """Directories of row files: Arrow IPC files under a manifest with the SHA-256 of each, complete or not there at all.
 
-A directory is written under a temporary name beside its place, every file and the directory synced, then renamed. The manifest
-also carries the SHA-256 of its own content, so that any changed byte is found. Rows are written in batches and never gathered twice.
+The manifest also carries the SHA-256 of its own content, so that any changed byte is found. Rows are written in batches, so that a
+table need not be copied as a whole.
 """
 
 import hashlib
 import json
-import os
-import secrets
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,12 +18,12 @@ from pydantic import Field, field_validator
 from ninerank.config import Config
 from ninerank.embedding.changes import Array, Column, RowBlock, column_of
 from ninerank.errors import BundleError, SpecError
+from ninerank.files import creating, sha256
 
 __all__ = ["MANIFEST", "RowFile", "read_manifest", "read_rows", "seal", "sealing", "write_rows"]
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 26
-READ_BYTES = 1 << 22
 ID = "id"
 
 Dtype = Literal["float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
@@ -56,24 +53,14 @@ def sealing(target: Path) -> Iterator[Path]:
     """Give a temporary directory; rename it to `target` on success, delete it on failure. Raises BundleError if `target` exists."""
     if target.exists():
         raise BundleError(f"{target}: exists already and is not written over")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    temporary.mkdir()
-    try:
+    with creating(target) as temporary:
         yield temporary
-        _sync(temporary)
-        temporary.rename(target)
-        _sync(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def seal(directory: Path, manifest: Config) -> str:
     """Write the manifest; returns the SHA-256 of its content, which stands for the whole directory."""
     data, digest = _manifest_bytes(manifest.model_dump(mode="json"))
-    path = directory / MANIFEST
-    path.write_bytes(data)
-    _sync(path)
+    (directory / MANIFEST).write_bytes(data)
     return digest
 
 
@@ -117,8 +104,7 @@ def write_rows(directory: Path, name: str, columns: Mapping[str, Column], blocks
             arrays = [_to_arrow(block.columns[key], column) for key, column in columns.items()]
             writer.write_batch(pa.record_batch([pa.array(block.ids), *arrays], schema=schema))
             rows += len(block.ids)
-    _sync(path)
-    return RowFile(path=name, rows=rows, bytes=path.stat().st_size, sha256=_file_digest(path), columns=dict(columns))
+    return RowFile(path=name, rows=rows, bytes=path.stat().st_size, sha256=sha256(path), columns=dict(columns))
 
 
 def read_rows(directory: Path, entry: RowFile) -> RowBlock:
@@ -128,7 +114,7 @@ def read_rows(directory: Path, entry: RowFile) -> RowBlock:
         size = path.stat().st_size
         if size != entry.bytes:
             raise BundleError(f"{path}: has {size} bytes, {MANIFEST} says {entry.bytes}: the file is truncated or was changed")
-        digest = _file_digest(path)
+        digest = sha256(path)
         if digest != entry.sha256:
             raise BundleError(f"{path}: SHA-256 is {digest}, {MANIFEST} says {entry.sha256}: the file is corrupt")
         with pa.memory_map(str(path)) as stream:
@@ -170,19 +156,3 @@ def _to_numpy(chunks: pa.ChunkedArray, column: Column) -> Array:
     shape = (column.width,) if column.width else ()
     parts = [(chunk.flatten() if column.width else chunk).to_numpy().reshape(-1, *shape) for chunk in chunks.chunks]
     return np.concatenate([np.empty((0, *shape), np.dtype(column.dtype)), *parts])
-
-
-def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

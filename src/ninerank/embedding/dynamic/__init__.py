@@ -13,7 +13,7 @@ from ninerank.embedding.dynamic.config import DynamicTableConfig
 from ninerank.embedding.dynamic.eviction import Capacity, LastSeen, LeastFrequent
 from ninerank.embedding.dynamic.idmap import IdMap
 from ninerank.embedding.dynamic.initial import initial_values
-from ninerank.embedding.dynamic.rules import SparseRule, StateSpec, UpdateRule
+from ninerank.embedding.dynamic.rules import SparseRule, UpdateRule
 from ninerank.embedding.dynamic.source import DynamicSource
 from ninerank.embedding.dynamic.state import reshard, shard_of
 from ninerank.embedding.dynamic.statistics import DynamicTableStatistics
@@ -34,7 +34,6 @@ __all__ = [
     "LeastFrequent",
     "Probability",
     "SparseRule",
-    "StateSpec",
     "UpdateRule",
     "initial_values",
     "reshard",

@@ -23,6 +23,15 @@ class OwnRowGradients(RowGradients):
         own_N = row_N != 0
         super().add(*((row_N, grad_ND) if bool(own_N.all()) else (row_N[own_N], grad_ND[own_N])))
 
+    def pairs(self) -> tuple[Tensor, Tensor] | None:
+        """Rows (N,) that may repeat, and their gradients (N, D), in the order in which they came; None if there are none."""
+        if not self._parts:
+            return None
+        if len(self._parts) > 1:
+            rows, gradients = zip(*self._parts, strict=True)
+            self._parts = [(torch.cat(rows), torch.cat(gradients))]
+        return self._parts[0]
+
 
 class _GatherRows(torch.autograd.Function):
     """values_VD[row_N], whose backward leaves (row, gradient) pairs in `sink`."""

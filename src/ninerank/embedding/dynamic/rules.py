@@ -1,53 +1,52 @@
 """The seam between a dynamic table and whatever updates its rows.
 
-A rule says which state it keeps per row, and updates the named rows in place. The table owns the arrays: state is reset when a row
-is given to another id, and moves with the row in checkpoints. A fused operator fits as it is: merged storage, row numbers, gradients.
+A rule says which state a row starts with, and updates rows in place from the gradients that backward passes left. The table owns the
+arrays: a row that is given to another id starts afresh, and state moves with its row in checkpoints.
 
-Shape legend: V rows of the storage, K touched rows, D embedding dim, W width of a state.
+Shape legend: V rows in use, K rows, N looked-up ids, D embedding dim, W width of a state.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ninerank.embedding.dynamic.gather import OwnRowGradients
 from ninerank.embedding.optimizer import SparseOptimizerConfig
 
-__all__ = ["SparseRule", "StateSpec", "UpdateRule"]
-
-
-class StateSpec(NamedTuple):
-    """One float32 state array (V, width), `fill` in the rows of new ids."""
-
-    width: int
-    fill: float
+__all__ = ["SparseRule", "UpdateRule"]
 
 
 class UpdateRule(Protocol):
     """What a dynamic table asks of an optimizer."""
 
-    def states(self, dim: int) -> Mapping[str, StateSpec]:
-        """Name and shape of the state kept beside rows of `dim` values."""
+    def new_state(self, values_KD: Tensor) -> dict[str, Tensor]:
+        """State (K,) or (K, W) of rows that start from these values, by name; the same names and types for any K, 0 among them."""
 
-    def apply(self, values_VD: Tensor, states: Mapping[str, Tensor], row_K: Tensor, grad_KD: Tensor, lr_scale: float) -> None:
-        """Update rows `row_K` (int64, rising, distinct, none of them 0) in place from their summed gradients; touch no other row."""
+    def apply(self, values_VD: Tensor, states: Mapping[str, Tensor], gradients: OwnRowGradients, lr_scale: float) -> None:
+        """Update the rows that have gradients in place, duplicates summed once before; touch no other row."""
 
 
 class SparseRule:
-    """SGD, Adagrad or row-wise Adagrad with the arithmetic, bit for bit, of `SparseOptimizer` on static tables."""
+    """SGD, Adagrad or row-wise Adagrad in plain torch, with the arithmetic of `SparseOptimizer` on static tables."""
 
     def __init__(self, config: SparseOptimizerConfig, table: str) -> None:
         self.config = config
         self.lr = config.table_lr.get(table, config.lr)
 
-    def states(self, dim: int) -> Mapping[str, StateSpec]:
+    def new_state(self, values_KD: Tensor) -> dict[str, Tensor]:
         if self.config.kind == "sgd":
             return {}
-        return {"sum": StateSpec(dim if self.config.kind == "adagrad" else 1, self.config.initial_accumulator)}
+        rows, dim = values_KD.shape
+        return {"sum": torch.full((rows, dim if self.config.kind == "adagrad" else 1), self.config.initial_accumulator)}
 
     @torch.no_grad()
-    def apply(self, values_VD: Tensor, states: Mapping[str, Tensor], row_K: Tensor, grad_KD: Tensor, lr_scale: float) -> None:
+    def apply(self, values_VD: Tensor, states: Mapping[str, Tensor], gradients: OwnRowGradients, lr_scale: float) -> None:
+        merged = gradients.merged()
+        if merged is None:
+            return
+        row_K, grad_KD = merged
         weight_KD = values_VD.index_select(0, row_K)
         if self.config.weight_decay:
             grad_KD = grad_KD.add(weight_KD, alpha=self.config.weight_decay)

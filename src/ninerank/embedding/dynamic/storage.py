@@ -3,7 +3,7 @@
 Row r means the same id in every group. Row 0 is the default row, all zeros, that ids without a row read; it is never updated.
 Rows that are given up go to a free list and are the first to be given out again.
 
-Bytes per row: 24 for the book, plus 4 (D + W) per group of dim D and state width W. Shape legend: V reserved rows, D embedding dim.
+Bytes per row: 24 for the book, plus 4 (D + W) per group of dim D with W numbers of optimizer state.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,12 +14,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ninerank.embedding.changes import Column, RowBlock
+from ninerank.embedding.changes import Column, RowBlock, column_of
 from ninerank.embedding.dynamic.idmap import Ints
 from ninerank.embedding.dynamic.initial import fill_rows, initial_key
 from ninerank.embedding.dynamic.native import AHEAD, prefetch
 from ninerank.embedding.dynamic.reserve import RowArray
-from ninerank.embedding.dynamic.rules import StateSpec
+from ninerank.embedding.dynamic.rules import UpdateRule
 from ninerank.features.native import jit
 
 __all__ = ["BOOK", "RowStorage"]
@@ -62,19 +62,21 @@ def _mark(book, rows, version):  # type: ignore[no-untyped-def]
 class RowStorage:
     """Arrays of one table, addressed by row."""
 
-    def __init__(
-        self, table: str, dims: Mapping[str, int], states: Mapping[str, Mapping[str, StateSpec]], *, std: float, seed: int, rows: int
-    ) -> None:
+    def __init__(self, table: str, dims: Mapping[str, int], rule: UpdateRule | None, *, std: float, seed: int, rows: int) -> None:
         self.used = 1
         self.free, self.num_free = np.empty(0, np.int64), 0
-        self._std = np.float32(std)
+        self._rule, self._std = rule, np.float32(std)
         self._keys = {group: initial_key(seed, group, table) for group in dims}
-        self._states = {group: dict(states.get(group, {})) for group in dims}
         self._book = RowArray(rows, 0, BOOK)
         self._values = {group: RowArray(rows, dim, np.float32) for group, dim in dims.items()}
-        self._arrays = {
-            group: {name: RowArray(rows, spec.width, np.float32) for name, spec in specs.items()} for group, specs in self._states.items()
+        self._states = {
+            group: {name: RowArray(rows, column.width, column.dtype) for name, column in self._state_columns(dim).items()}
+            for group, dim in dims.items()
         }
+
+    def _state_columns(self, dim: int) -> dict[str, Column]:
+        states = self._rule.new_state(torch.empty(0, dim)) if self._rule is not None else {}
+        return {name: column_of(state.numpy()) for name, state in states.items()}
 
     @property
     def book(self) -> npt.NDArray[Any]:
@@ -86,11 +88,8 @@ class RowStorage:
         return torch.from_numpy(self._values[group].rows[: self.used])
 
     def states(self, group: str) -> dict[str, Tensor]:
-        """Name -> float32 (used, W), views until rows are added."""
-        return {name: torch.from_numpy(array.rows[: self.used]) for name, array in self._arrays[group].items()}
-
-    def state_specs(self, group: str) -> Mapping[str, StateSpec]:
-        return self._states[group]
+        """Name -> (used,) or (used, W), views until rows are added."""
+        return {name: torch.from_numpy(array.rows[: self.used]) for name, array in self._states[group].items()}
 
     @property
     def row_bytes(self) -> int:
@@ -106,8 +105,9 @@ class RowStorage:
         _open(self._book.rows, rows, ids, now)
         for group, array in self._values.items():
             fill_rows(array.rows, rows, ids, self._keys[group], self._std)
-            for name, spec in self._states[group].items():
-                self._arrays[group][name].rows[rows] = spec.fill
+            if self._states[group] and self._rule is not None:
+                for name, state in self._rule.new_state(torch.from_numpy(array.rows[rows])).items():
+                    self._states[group][name].rows[rows] = state.numpy()
 
     def touch(self, rows: Ints, now: int, version: int) -> None:
         """Note one occurrence in training of each row in `rows`."""
@@ -134,36 +134,36 @@ class RowStorage:
 
     def columns(self, *, state: bool) -> dict[str, Column]:
         """Columns that `gather` can give: values of every group; with `state` also optimizer state, last_seen and count."""
-        columns = {f"value.{group}": Column("float32", array.row_bytes // 4) for group, array in self._values.items()}
+        columns = {f"value.{group}": column_of(array.rows) for group, array in self._values.items()}
         if state:
-            for group, specs in self._states.items():
-                columns |= {f"state.{group}.{name}": Column("float32", spec.width) for name, spec in specs.items()}
+            for group, states in self._states.items():
+                columns |= {f"state.{group}.{name}": column_of(array.rows) for name, array in states.items()}
             columns |= {"last_seen": Column("int64", 0), "count": Column("int64", 0)}
         return columns
 
     def gather(self, rows: Ints, *, state: bool) -> RowBlock:
         """Copies of rows, ids beside their columns."""
         book = self.book[rows]
-        columns: dict[str, npt.NDArray[Any]] = {name: array[rows] for name, array in self._floats(state=state)}
+        columns: dict[str, npt.NDArray[Any]] = {name: array[rows] for name, array in self._named(state=state)}
         if state:
             columns |= {"last_seen": book["last_seen"].copy(), "count": book["count"].astype(np.int64)}
         return RowBlock(book["id"].copy(), columns)
 
     def scatter(self, rows: Ints, columns: Mapping[str, npt.NDArray[Any]]) -> None:
         """Write columns, as `gather` gives them, into rows."""
-        for name, array in self._floats(state=True):
+        for name, array in self._named(state=True):
             if name in columns:
                 array[rows] = columns[name]
         for name in ("last_seen", "count"):
             if name in columns:
                 self.book[name][rows] = columns[name]
 
-    def _floats(self, *, state: bool) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    def _named(self, *, state: bool) -> Iterator[tuple[str, npt.NDArray[Any]]]:
         for group, array in self._values.items():
             yield f"value.{group}", array.rows
-        for group, arrays in self._arrays.items() if state else ():
+        for group, arrays in self._states.items() if state else ():
             for name, array in arrays.items():
                 yield f"state.{group}.{name}", array.rows
 
     def _all(self) -> list[RowArray]:
-        return [self._book, *self._values.values(), *(array for arrays in self._arrays.values() for array in arrays.values())]
+        return [self._book, *self._values.values(), *(array for arrays in self._states.values() for array in arrays.values())]

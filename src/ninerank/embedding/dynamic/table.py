@@ -33,7 +33,6 @@ from ninerank.embedding.dynamic.rules import UpdateRule
 from ninerank.embedding.dynamic.state import check_state
 from ninerank.embedding.dynamic.statistics import DynamicTableStatistics
 from ninerank.embedding.dynamic.storage import RowStorage
-from ninerank.embedding.table import RowGradients
 from ninerank.errors import BundleError, DataError, SpecError
 
 __all__ = ["DynamicTable"]
@@ -59,7 +58,7 @@ class DynamicTable:
         if not dims or min(dims.values()) < 1:
             raise SpecError(f"dynamic table {name!r}: dims {dict(dims)}; at least one group with a dim of at least 1 is needed")
         self.name, self.dims, self.config, self.seed, self.rule = name, dict(dims), config, seed, rule
-        self.gradients: dict[str, RowGradients] = {group: OwnRowGradients() for group in dims}
+        self.gradients = {group: OwnRowGradients() for group in dims}
         self.version, self.generation = 1, 0
         self._lock = SharedLock()
         self._figures = threading.Lock()
@@ -67,9 +66,8 @@ class DynamicTable:
         self._begin()
 
     def _begin(self, expected: int = 0) -> None:
-        states = {group: self.rule.states(dim) for group, dim in self.dims.items()} if self.rule is not None else {}
         self.storage = RowStorage(
-            self.name, self.dims, states, std=self.config.init_std, seed=self.seed, rows=max(self.config.reserve_rows, expected + 1)
+            self.name, self.dims, self.rule, std=self.config.init_std, seed=self.seed, rows=max(self.config.reserve_rows, expected + 1)
         )
         self.ids = IdMap(expected)
         self.removed = IdMap()
@@ -194,13 +192,11 @@ class DynamicTable:
     def update(self, lr_scale: float = 1.0) -> None:
         """Apply the rule to the rows that backward passes left gradients for, and forget these."""
         for group, gradients in self.gradients.items():
-            merged = gradients.merged()
-            if merged is not None and len(merged[0]):
-                assert self.rule is not None
-                row_K, grad_KD = merged
+            pairs = gradients.pairs()
+            if pairs is not None and self.rule is not None and len(pairs[0]):
                 with self._lock.writing():
-                    self.rule.apply(self.values(group), self.storage.states(group), row_K, grad_KD, lr_scale)
-                    self.storage.mark(row_K.numpy(), self.version)
+                    self.rule.apply(self.values(group), self.storage.states(group), gradients, lr_scale)
+                    self.storage.mark(pairs[0].numpy(), self.version)
         self.zero_grad()
 
     def finish_step(self, step: int, now: float | None = None) -> int:
