@@ -20,14 +20,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from ninerank.embedding.collection import EmbeddingConfig
-from ninerank.errors import DeadlineError, DeviceError, NinerankError, OverloadError, RequestError
+from ninerank.errors import DataError, DeadlineError, DeviceError, NinerankError, OverloadError, RequestError
 from ninerank.features.spec import FeatureSpec
 from ninerank.features.transform import Transform
 from ninerank.predictor.bundle import export_bundle
 from ninerank.predictor.client import PredictorClient, build_request
 from ninerank.predictor.requestlog import read_log
 from ninerank.predictor.server import PredictorServer, ServeConfig
-from ninerank.predictor.service import Call
+from ninerank.predictor.service import Call, default_item_key
 from ninerank.predictor.wire import encode_column
 from ninerank.proto.v1 import predictor_pb2 as pb
 from ninerank.towers.config import parse_model
@@ -176,6 +176,31 @@ def test_without_a_cache_ids_are_the_item_ids(start: Callable[..., Served]) -> N
         inline = client.rank(USER, {"price": [1.0, 2.0], "item_id": ["i1", "i2"]})
     assert np.array_equal(by_id.scores, inline.scores)
     assert by_id.defaults_used.item_columns == ("tags", "city")
+
+
+def test_the_column_of_ids_is_guessed_with_care(spec: FeatureSpec) -> None:
+    def of(*names: str, sequence: str | None = None) -> str | None:
+        hashed = {"kind": "hashed", "num_buckets": 9}
+        features = [{"name": name, "kind": "id", "role": "item", "encoding": hashed} for name in names]
+        features += [{"name": "past", "kind": "sequence", "role": "user", "of": sequence}] if sequence else []
+        return default_item_key(FeatureSpec.parse({"labels": ["y"], "features": features}, "spec"))
+
+    assert default_item_key(spec) == "item_id"
+    assert of("C1", "C2") is None
+    assert of("brand", "item") == "item"
+    assert of("item_id", "video", sequence="video") == "video"
+
+
+def test_the_column_of_ids_may_be_said(start: Callable[..., Served], bundle_dir: Path, items_file: Path, tmp_path: Path) -> None:
+    own = start(item_key="city")
+    with PredictorClient(own.target) as client:
+        by_id = client.rank(USER, {"price": [1.0, 2.0]}, ids=["oslo", "rome"])
+        inline = client.rank(USER, {"price": [1.0, 2.0], "city": ["oslo", "rome"]})
+    assert np.array_equal(by_id.scores, inline.scores)
+    with pytest.raises(DataError, match="item key 'cities' is no item column; did you mean 'city'"):
+        PredictorServer(bundle_dir, ServeConfig(device="cpu", item_key="cities"))
+    with pytest.raises(DataError, match="key column 'sku' is missing"):
+        PredictorServer(bundle_dir, ServeConfig(device="cpu", item_key="sku", items=items_file))
 
 
 def test_defaults_are_flagged(client: PredictorClient) -> None:

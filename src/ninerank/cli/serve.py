@@ -15,7 +15,10 @@ def run(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all of them.")] = "127.0.0.1",
     metrics_port: Annotated[int | None, typer.Option(min=0, max=65535, help="HTTP port of /metrics; 0: a free one. Default: none.")] = None,
     items: Annotated[Path | None, typer.Option(help="Parquet file of item features, so that requests may send ids alone.")] = None,
-    item_key: Annotated[str | None, typer.Option(help="Column of --items that holds the ids; default: the first item id feature.")] = None,
+    item_key: Annotated[
+        str | None,
+        typer.Option(help="Column that candidate ids stand for, in --items too. Default: the item id of the sequences, item_id or item."),
+    ] = None,
     cache_mb: Annotated[int, typer.Option(min=1, help="Bound of the feature cache in MB.")] = 1024,
     log_dir: Annotated[Path | None, typer.Option("--log", help="Directory of the request log (Parquet), for `ninerank replay`.")] = None,
     log_sample: Annotated[float, typer.Option(min=0, max=1, help="Share of requests that are logged.")] = 1.0,

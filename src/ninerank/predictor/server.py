@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha import reflection
 from pydantic import Field
 
 from ninerank.config import Config
-from ninerank.errors import DeadlineError, DeviceError, NinerankError, OverloadError, RequestError
+from ninerank.errors import DataError, DeadlineError, DeviceError, NinerankError, OverloadError, RequestError, nearest
 from ninerank.predictor.cache import FeatureCache, load_items
 from ninerank.predictor.engine import Engine
 from ninerank.predictor.request import MAX_CANDIDATES
@@ -48,7 +48,8 @@ class ServeConfig(Config):
 
     workers: requests computed at once, each by one thread. max_pending: requests taken in at once, those being computed among them;
     the next one is answered RESOURCE_EXHAUSTED. drain_s: how long the end waits for requests under way.
-    item_key: column of the items file that holds the ids (default: the first item id feature's).
+    item_key: column that candidate ids stand for, in the items file too (default: the item id of which the spec has sequences, else
+    `item_id` or `item`).
     """
 
     host: str = "127.0.0.1"
@@ -89,7 +90,12 @@ class PredictorServer:
             self.log = RequestLog(config.log_dir, self.engine.schema, len(self.engine.manifest.tasks), config.log)
         self.telemetry = Telemetry(self.engine.manifest, self.cache, self.log)
         self.service = RankService(
-            self.engine, self.telemetry, items=self.cache, request_log=self.log, max_candidates=config.max_candidates
+            self.engine,
+            self.telemetry,
+            items=self.cache,
+            item_key=config.item_key,
+            request_log=self.log,
+            max_candidates=config.max_candidates,
         )
         self._pool = _TimedPool(config.workers, thread_name_prefix="rank")
         self._health = health.HealthServicer()
@@ -187,11 +193,15 @@ class _TimedPool(ThreadPoolExecutor):
 
 
 def _items(engine: Engine, config: ServeConfig) -> FeatureCache | None:
+    """The feature cache that the configuration asks for; raises DataError where its key cannot be told or is no column."""
+    columns = engine.schema.item.names
     if config.items is None:
+        if config.item_key is not None and config.item_key not in columns:
+            raise DataError(f"item key {config.item_key!r} is no item column; {nearest(config.item_key, columns)}")
         return None
     key = config.item_key or default_item_key(engine.spec)
     if key is None:
-        raise RequestError("the spec has no item id feature, so item_key must name the column of ids in the items file")
+        raise DataError(f"{config.items}: which column holds the ids? name it (--item-key), one of the file's columns")
     return load_items(config.items, engine.schema.item, key=key, capacity_bytes=config.cache_bytes)
 
 

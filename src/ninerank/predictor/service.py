@@ -15,7 +15,7 @@ import pyarrow as pa
 from google.protobuf.message import DecodeError
 
 from ninerank.errors import DeadlineError, RequestError
-from ninerank.features.spec import FeatureSpec, IdFeature, Side
+from ninerank.features.spec import FeatureSpec, IdFeature, SequenceFeature, Side
 from ninerank.predictor.cache import FeatureSource
 from ninerank.predictor.engine import Engine
 from ninerank.predictor.request import MAX_CANDIDATES, RankInput, RankOutput, check_num_candidates
@@ -26,6 +26,7 @@ from ninerank.proto.v1 import predictor_pb2 as pb
 
 __all__ = ["Call", "RankService", "UnknownModelError", "default_item_key", "new_request_id"]
 
+ITEM_ID_NAMES = ("item_id", "item")
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 
@@ -50,15 +51,17 @@ class Call:
 
 
 def default_item_key(spec: FeatureSpec) -> str | None:
-    """Column that candidate ids stand for where nothing else is said: the first item id feature with one id a row."""
-    ids = (feature.column for feature in spec.features if isinstance(feature, IdFeature) and feature.side == "item" and not feature.multi)
-    return next(ids, None)
+    """Column that candidate ids stand for where nobody says: the item id of which the spec has sequences, else `item_id` or `item`."""
+    single = [f for f in spec.features if isinstance(f, IdFeature) and f.side == "item" and not f.multi]
+    targets = {f.of for f in spec.features if isinstance(f, SequenceFeature)}
+    likely = [f.column for f in single if f.name in targets] + [f.column for name in ITEM_ID_NAMES for f in single if f.column == name]
+    return likely[0] if likely else None
 
 
 class RankService:
     """Answers rank calls with one engine; `rank` may be called from any number of threads at once.
 
-    items: where candidate ids are looked up. item_key: the column that candidate ids stand for where there is no `items`.
+    items: where candidate ids are looked up. item_key: column that candidate ids stand for where there is no `items`.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class RankService:
         telemetry: Telemetry,
         *,
         items: FeatureSource | None = None,
+        item_key: str | None = None,
         request_log: RequestLog | None = None,
         max_candidates: int = MAX_CANDIDATES,
     ) -> None:
@@ -74,7 +78,7 @@ class RankService:
         self.telemetry = telemetry
         self._items = items
         self._item_columns = frozenset(engine.schema.item.names)
-        self._item_key = items.key if items is not None else default_item_key(engine.spec)
+        self._item_key = item_key or default_item_key(engine.spec)
         self._log = request_log
         self._max_candidates = max_candidates
 
@@ -166,7 +170,7 @@ class RankService:
                 rows = self._items.fetch(ids)
                 columns = {**{name: array for name, array in rows.columns.items() if name in wanted}, **given}
                 unknown = (~rows.known_N).nonzero()[0].tolist()
-            elif self._item_key is not None and self._item_key in wanted and self._item_key not in given:
+            elif self._item_key is not None and self._item_key not in given:
                 columns = {**given, self._item_key: ids}
         return *self.engine.schema.conform("item", columns, count), unknown
 
