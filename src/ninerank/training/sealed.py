@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from ninerank.errors import CheckpointError
-from ninerank.files import replacing
+from ninerank.files import replacing, sha256, sync
 
-__all__ = ["MANIFEST", "Sealed", "file_digest", "json_bytes", "replace", "replace_file", "verify", "write"]
+__all__ = ["MANIFEST", "Sealed", "json_bytes", "replace", "replace_file", "verify", "write"]
 
 MANIFEST = "manifest.json"
-READ_BYTES = 1 << 22
 
 Writer = Callable[[Path], None]
 
@@ -35,15 +34,6 @@ class Sealed:
     extra: Mapping[str, Any]
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def json_bytes(data: Mapping[str, Any]) -> bytes:
     """JSON of `data` with sorted keys: equal data give equal bytes; NaN is refused."""
     return json.dumps(data, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
@@ -53,7 +43,6 @@ def replace_file(path: Path, data: bytes) -> None:
     """Write `data` beside `path`, flush it to the disk, rename: a reader sees the old bytes or the new ones, never a part."""
     with replacing(path) as temporary:
         temporary.write_bytes(data)
-    _sync(path.parent)
 
 
 def write(target: Path, files: Mapping[str, Writer], extra: Mapping[str, Any]) -> None:
@@ -64,13 +53,13 @@ def write(target: Path, files: Mapping[str, Writer], extra: Mapping[str, Any]) -
     entries = {}
     for name, writer in files.items():
         writer(temporary / name)
-        _sync(temporary / name)
+        sync(temporary / name)
         entries[name] = _entry(temporary / name)
     replace_file(temporary / MANIFEST, _seal(entries, extra))
     if target.exists():
         remove(target)
     temporary.rename(target)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def replace(target: Path, files: Mapping[str, Writer], extra: Mapping[str, Any]) -> None:
@@ -83,7 +72,7 @@ def replace(target: Path, files: Mapping[str, Writer], extra: Mapping[str, Any])
     for name, writer in files.items():
         temporary = target / f".{name}.{os.getpid()}.tmp"
         writer(temporary)
-        _sync(temporary)
+        sync(temporary)
         entry = _entry(temporary)
         stem, dot, suffix = name.partition(".")
         entry["path"] = f"{stem}-{str(entry['sha256'])[:12]}{dot}{suffix}"
@@ -115,14 +104,14 @@ def verify(target: Path) -> Sealed:
         size = path.stat().st_size
         if size != entry["bytes"]:
             raise CheckpointError(f"{path}: has {size} bytes, {MANIFEST} says {entry['bytes']}: the file is truncated or was changed")
-        digest = file_digest(path)
+        digest = sha256(path)
         if digest != entry["sha256"]:
             raise CheckpointError(f"{path}: SHA-256 is {digest}, {MANIFEST} says {entry['sha256']}: the file is corrupt")
     return Sealed(paths, content["extra"])
 
 
 def _entry(path: Path) -> dict[str, Any]:
-    return {"sha256": file_digest(path), "bytes": path.stat().st_size}
+    return {"sha256": sha256(path), "bytes": path.stat().st_size}
 
 
 def _seal(entries: Mapping[str, Any], extra: Mapping[str, Any]) -> bytes:
@@ -145,11 +134,3 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not sound:
         raise CheckpointError(f"{path}: is corrupt, its bytes do not match the SHA-256 it carries")
     return dict(content)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
