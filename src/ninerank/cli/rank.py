@@ -89,7 +89,7 @@ def _show(result: "RankResult", asked: "RequestFile") -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=f"{result.model_name} {result.model_version}, request {result.request_id}", title_justify="left")
+    table = Table()
     table.add_column("rank", justify="right")
     table.add_column("candidate" if asked.ids is None else "id")
     table.add_column("score", justify="right")
@@ -98,6 +98,7 @@ def _show(result: "RankResult", asked: "RequestFile") -> None:
         name = str(index if asked.ids is None else asked.ids[index])
         table.add_row(str(rank), escape(name) + ("" if known else " [dim](unknown id)[/dim]"), f"{result.scores[index]:.6f}")
     console = Console(highlight=False)
+    console.print(f"{result.model_name} {result.model_version}, request {result.request_id}", soft_wrap=True)
     console.print(table)
     timings = result.timings_us
     console.print(f"{timings['total']:,} us on the server, {timings['compute']:,} of them in the model", soft_wrap=True)
