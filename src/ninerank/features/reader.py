@@ -70,12 +70,18 @@ class Reader:
         self._memory: pa.RecordBatch | None = None
 
     @property
+    def known_rows(self) -> int | None:
+        """Rows of all files and ranks, if that takes no reading (text does)."""
+        sizes = [size for file in self.files for size in file.block_rows]
+        known = [size for size in sizes if size is not None]
+        return self._counted if self._counted is not None or len(known) < len(sizes) else sum(known)
+
+    @property
     def num_rows(self) -> int:
         """Rows of all files and ranks; text is read once to count them (and kept, if a shuffle will want it in memory)."""
         if self._counted is None:
-            sizes = [size for file in self.files for size in file.block_rows]
-            known = [size for size in sizes if size is not None]
-            self._counted = sum(known) if len(known) == len(sizes) else self._count()
+            known = self.known_rows
+            self._counted = self._count() if known is None else known
         return self._counted
 
     @property

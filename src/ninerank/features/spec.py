@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from ninerank.config import Config
 from ninerank.errors import SpecError, nearest
-from ninerank.features.atomic import replacing
+from ninerank.files import replacing
 
 __all__ = [
     "Bucketize",
@@ -339,11 +339,16 @@ class FeatureSpec(Config):
         """Log columns that the features (of one side) read, each once, in spec order; labels, weight and group not among them."""
         return tuple(dict.fromkeys(f.column for f in self.features if side is None or f.side == side))
 
+    @staticmethod
+    def check_suffix(path: Path) -> None:
+        """Raise SpecError unless `path` ends as a spec's file does."""
+        if path.suffix not in {".json", ".yaml", ".yml"}:
+            raise SpecError(f"{path}: a spec is saved as .json, .yaml or .yml, not {path.suffix!r}")
+
     def save(self, path: str | Path) -> None:
         """Write JSON (`.json`) or YAML (`.yaml`, `.yml`); keys at their default are left out of YAML."""
         file = Path(path)
-        if file.suffix not in {".json", ".yaml", ".yml"}:
-            raise SpecError(f"{file}: a spec is saved as .json, .yaml or .yml, not {file.suffix!r}")
+        self.check_suffix(file)
         with replacing(file) as temporary, temporary.open("w", encoding="utf-8") as stream:
             if file.suffix == ".json":
                 json.dump(self.model_dump(mode="json"), stream, ensure_ascii=False, allow_nan=False)
