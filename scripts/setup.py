@@ -46,7 +46,7 @@ def main(arguments: "list[str] | None" = None) -> int:
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="where the environment is or will be")
     options = parser.parse_args(arguments)
     try:
-        set_up(options.venv, options.device, options.level, options.python)
+        set_up(options.venv.absolute(), options.device, options.level, options.python)
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -59,7 +59,10 @@ def set_up(venv: Path, device: str, level: str, python: str) -> None:
     stamp = read_stamp(stamp_file)
     device = check_device(device) or stamp.get("device") or detect_device()
     extras = sorted(device if extra == "DEVICE" else extra for extra in LEVELS[level] + (("DEVICE",) if device == "npu" else ()))
-    if stamp.get("inputs") == inputs_digest() and stamp.get("device") == device and set(extras) <= set(stamp.get("extras", [])):
+    same = stamp.get("inputs") == inputs_digest() and stamp.get("device") == device and set(extras) <= set(stamp.get("extras", []))
+    if same and (venv / "bin" / "python").exists():  # not so where the Python it was made with was removed since
+        if python:
+            make_venv(venv, python)  # says so if it is another one
         return
     if stamp.get("device", device) != device:
         raise SetupError(f"{venv} was made for {stamp['device']}, {device} is asked for: remove it first (rm -rf {venv})")

@@ -113,6 +113,26 @@ def test_a_second_call_does_nothing(environment: Environment) -> None:
         assert environment.calls() == []
 
 
+def test_a_named_python_is_compared_also_when_nothing_is_to_do(environment: Environment, tmp_path: Path) -> None:
+    assert environment.set_up("--device", "cpu") == 0
+    environment.calls()
+    assert environment.set_up("--python", sys.executable) == 0
+    assert environment.set_up("--python", fake_python(tmp_path, "other", "echo 3 9")) == 1
+    assert environment.calls() == []
+
+
+def test_an_environment_whose_python_is_gone_is_made_again(
+    environment: Environment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert environment.set_up("--device", "cpu") == 0
+    interpreter = environment.venv / "bin" / "python"
+    interpreter.unlink()
+    interpreter.symlink_to(tmp_path / "gone")
+    lame = fake_python(tmp_path, "lame", 'if [ "$1" = -m ]; then exit 1; fi; echo 3 11')
+    assert environment.set_up("--python", lame) == 1
+    assert f"making {environment.venv} with {lame}" in capsys.readouterr().out
+
+
 def test_more_is_added_to_what_is_there(environment: Environment) -> None:
     environment.set_up("--device", "cpu", "--for", "test")
     stamp = environment.venv / "ninerank-setup.json"

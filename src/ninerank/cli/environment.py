@@ -74,8 +74,8 @@ def packages(findings: Findings, kind: str) -> None:
     findings.sections["packages"] = table
     try:
         wanted = [(extra, item) for extra in ("", kind, "serve", "report") for item in requirements(extra)]
-        if kind == "cpu":  # no extra can name it: its own requirements ask for the CUDA build of fbgemm
-            wanted += [("cpu", item) for item in requirements("cuda") if item.name == "torchrec"]
+        if kind != "cuda":  # these extras cannot name it: its own requirements ask for the CUDA build of fbgemm
+            wanted += [(kind, item) for item in requirements("cuda") if item.name == "torchrec"]
     except metadata.PackageNotFoundError:
         findings.problems.append(Problem("the package ninerank itself is not installed (it runs from source)", "pip install -e ."))
         return
@@ -85,7 +85,7 @@ def packages(findings: Findings, kind: str) -> None:
         table[item.name] = {"version": have, "wanted": str(item.specifier), "ok": fits}
         if not fits:
             state = "is not installed" if have is None else f"is {have}, {item.specifier} is wanted"
-            options = "--no-deps " if item.name == "torchrec" and kind == "cpu" else ""
+            options = "--no-deps " if item.name == "torchrec" and kind != "cuda" else ""
             item.marker = None
             findings.problems.append(Problem(f"{item.name} {state} (for {USES[extra]})", f"pip install {options}'{item}'", fatal=not extra))
     for first, second in RIVALS:
