@@ -12,10 +12,7 @@ It is written to a temporary name beside its place, synced, tried out, and renam
 Shape legend: B rows, T tasks, V rows of a merged table, D embedding dim.
 """
 
-import os
 import platform
-import secrets
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,8 +33,9 @@ from ninerank import __version__
 from ninerank.errors import BundleError, SpecError
 from ninerank.features.spec import FeatureSpec, Side
 from ninerank.features.transform import Transform
+from ninerank.files import creating
 from ninerank.predictor.graph import DenseGraph, export_graph
-from ninerank.predictor.manifest import MANIFEST, FileEntry, Manifest, check_label, hash_file
+from ninerank.predictor.manifest import FileEntry, Manifest, check_label, hash_file
 from ninerank.predictor.request import RequestSchema
 from ninerank.towers.model import RankingModel
 
@@ -118,13 +116,16 @@ def export_bundle(
     """
     from ninerank.predictor.engine import Engine  # the engine reads bundles, this is the one place that looks the other way
 
+    out = Path(out_dir)
+    if out.exists():
+        raise BundleError(f"{out}: exists already; a bundle is never overwritten, choose another place")
     check_label("model name", model_name)
     check_label("model version", version)
     say = progress or (lambda _: None)
     was_training = model.training
     model.eval()
     try:
-        with _new_directory(Path(out_dir)) as directory:
+        with creating(out) as directory:
             say("scoring golden rows")
             rows = _golden_rows(spec, golden)
             groups = dict(model.embedding.named_groups())
@@ -152,10 +153,9 @@ def export_bundle(
                 sequence_length=model.embedding.config.sequence_length,
                 golden_tolerance=GOLDEN_TOLERANCE["float32"],
                 versions=_versions(),
-                files=_sync_all(directory),
+                files=_entries(directory),
             )
             manifest.write(directory)
-            _sync(directory / MANIFEST)
             say("checking the finished bundle")
             Engine.load(directory, device="cpu")
     finally:
@@ -212,43 +212,13 @@ def _naming(file: Path) -> Iterator[None]:
         raise BundleError(f"{file}: cannot be read ({type(error).__name__}: {error})") from None
 
 
-@contextmanager
-def _new_directory(out: Path) -> Iterator[Path]:
-    """A temporary directory beside `out` that takes its name once the block is through, and is removed if it fails."""
-    if out.exists():
-        raise BundleError(f"{out}: exists already; a bundle is never overwritten, choose another place")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
-    temporary.mkdir()
-    try:
-        yield temporary
-        for directory in (temporary, *(path for path in temporary.rglob("*") if path.is_dir())):
-            _sync(directory)
-        try:
-            temporary.rename(out)
-        except OSError as error:
-            raise BundleError(f"{out}: cannot be put in place ({error.strerror})") from None
-        _sync(out.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sync_all(directory: Path) -> dict[str, FileEntry]:
+def _entries(directory: Path) -> dict[str, FileEntry]:
     files: dict[str, FileEntry] = {}
     for path in sorted(directory.rglob("*")):
         if path.is_file():
             path.chmod(0o644)  # whoever exports is often not who serves, and some writers make files for their owner alone
-            _sync(path)
             files[path.relative_to(directory).as_posix()] = hash_file(path)
     return files
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _versions() -> dict[str, str]:

@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError
 
 from ninerank.config import Config
 from ninerank.errors import BundleError
+from ninerank.files import sha256
 
 __all__ = ["MANIFEST", "FileEntry", "Manifest", "check_label", "hash_file"]
 
@@ -112,12 +113,7 @@ def check_label(what: str, value: str) -> None:
 
 def hash_file(path: Path) -> FileEntry:
     """Size and SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-        size = stream.tell()
-    return FileEntry(sha256=digest.hexdigest(), size_bytes=size)
+    return FileEntry(sha256=sha256(path), size_bytes=path.stat().st_size)
 
 
 def _walk(directory: Path) -> Iterator[tuple[str, Path]]:
