@@ -50,8 +50,8 @@ FEATURES: list[dict[str, Any]] = [
 SPEC = FeatureSpec.parse({"labels": ["click"], "weight": "weight", "group": "session", "features": FEATURES}, "spec")
 TRANSFORM = Transform(SPEC)
 
-texts = st.one_of(st.none(), st.sampled_from(["", *STRINGS["values"]]), st.text(max_size=40))  # type: ignore[misc]
-integers = st.one_of(st.none(), st.sampled_from(INTS["values"]), st.integers(-(1 << 63), (1 << 63) - 1))  # type: ignore[arg-type]
+texts = st.one_of(st.none(), st.sampled_from(["", *STRINGS["values"]]), st.text(max_size=40))
+integers = st.one_of(st.none(), st.sampled_from(INTS["values"]), st.integers(-(1 << 63), (1 << 63) - 1))
 floats = st.one_of(st.none(), st.sampled_from([0.0, -0.0, -1.0, 9.5, 5e-324, 1e-9]), st.floats(-1e37, 1e37))
 
 
@@ -95,7 +95,7 @@ def joined_ids(blocks: list[Block]) -> dict[str, list[list[int]]]:
 
 
 def bits(dense_RF: torch.Tensor) -> list[list[int]]:
-    return dense_RF.view(torch.int32).tolist()  # type: ignore[no-any-return]
+    return dense_RF.view(torch.int32).tolist()
 
 
 def same(block: Block, parts: list[Block]) -> None:

@@ -100,7 +100,7 @@ class ParquetLog:
     @cached_property
     def _file(self) -> pq.ParquetFile:
         with reading(self.path, "Parquet"):
-            return pq.ParquetFile(self.path)
+            return pq.ParquetFile(self.path, page_checksum_verification=True)
 
     @cached_property
     def names(self) -> list[str]:
