@@ -25,8 +25,9 @@ test: ## all tests but the slow ones, doctests included: ARGS="-m slow", ARGS=te
 	@$(SETUP) --for test
 	$(BIN)/python -m pytest $(ARGS)
 
-test-kernels: ## all tests of the operators, slow ones too, through every kernel that this machine can run
+test-kernels: ## all tests of the operators, slow ones too: Numba, Triton interpreted, compiled for CUDA, lowered for Ascend
 	@$(SETUP) --for test
+	@$(BIN)/python scripts/ascend.py
 	$(BIN)/python -m pytest tests/fusion -m "slow or not slow" $(ARGS)
 
 lint: ## ruff, format, types, layers

@@ -1,0 +1,161 @@
+"""The Triton kernels against the float64 references, on the device that NINERANK_TRITON_DEVICE names.
+
+Run by test_triton.py: in Triton's interpreter (cpu, TRITON_INTERPRET=1), which must be chosen before Triton is imported,
+and on a GPU where there is one.
+"""
+
+import os
+
+import pytest
+import torch
+
+from ninerank.fusion.kernels import registry
+from ninerank.fusion.kernels.embedding_bag import embedding_bag
+from ninerank.fusion.kernels.embedding_reduce import embedding_reduce
+from ninerank.fusion.kernels.embedding_sequence import embedding_sequence
+from ninerank.fusion.kernels.embedding_update import FTRL, SGD, Adagrad, Adam, RowOptimizer, RowwiseAdagrad, embedding_update
+from ninerank.fusion.kernels.launch import Tile
+
+DEVICE = torch.device(os.environ.get("NINERANK_TRITON_DEVICE", "cpu"))
+BLOCK = Tile.of(16, "cuda").rows
+TABLES = [torch.float32, torch.float16, torch.bfloat16]
+ROUNDING = {torch.float32: 2e-5, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+
+
+def _draw(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _on_device(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    return [None if tensor is None else tensor.to(DEVICE) for tensor in tensors]
+
+
+@pytest.fixture(autouse=True)
+def only_triton_runs() -> object:
+    """What was asked for by name is what ran."""
+    with registry.count_dispatches() as counts:
+        yield
+    assert "triton" in {kernel for _, kernel in counts}
+
+
+@pytest.mark.parametrize(
+    ("table", "dim"), [(torch.float32, 1), (torch.float32, 3), (torch.float32, 64), (torch.float16, 16), (torch.bfloat16, 10)]
+)
+@pytest.mark.parametrize("options", ["single", "single-weighted", "jagged", "jagged-mean", "jagged-weighted-mean"])
+@pytest.mark.parametrize("feature_major", [True, False])
+def test_embedding_bag(table: torch.dtype, dim: int, options: str, feature_major: bool) -> None:
+    generator = _draw(dim)
+    num_features, num_bags, num_rows = 3, 45, 50
+    lengths = torch.randint(0, 5, (num_features * num_bags,), generator=generator)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]) if "jagged" in options else None
+    num_ids = int(lengths.sum()) if "jagged" in options else num_features * num_bags
+    weight = torch.randn(num_rows, dim, generator=generator).to(table)
+    rows = torch.randint(0, num_rows, (num_ids,), generator=generator).to(torch.int32)
+    sample = torch.randn(num_ids, generator=generator) if "weighted" in options else None
+    mean = torch.tensor([True, False, True]) if "mean" in options else None
+    layout = {"feature_major": feature_major}
+    expected = embedding_bag(weight.double(), rows, offsets, num_features, sample_weight_N=sample, mean_F=mean, **layout, kernel="torch")
+    weight, rows, offsets, sample, mean = _on_device(weight, rows, offsets, sample, mean)
+    found = embedding_bag(weight, rows, offsets, num_features, sample_weight_N=sample, mean_F=mean, **layout, kernel="triton")
+    torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("bags", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1])
+@pytest.mark.parametrize("jagged", [True, False])
+def test_sizes_around_a_block(bags: int, jagged: bool) -> None:
+    weight, rows = torch.randn(50, 16, generator=_draw(1)), torch.arange(bags, dtype=torch.int32) % 50
+    offsets = torch.arange(bags + 1) if jagged else None
+    weight_, rows_, offsets_ = _on_device(weight, rows, offsets)
+    assert torch.equal(embedding_bag(weight_, rows_, offsets_, 1, kernel="triton").cpu()[:, 0], weight[rows.long()])
+
+
+def test_rows_outside_the_storage_are_zero() -> None:
+    weight, rows, offsets = _on_device(
+        torch.ones(4, 16), torch.tensor([0, 4, -1, 3, 2**31 - 1], dtype=torch.int32), torch.tensor([0, 2, 5])
+    )
+    assert embedding_bag(weight, rows, None, 1, kernel="triton")[:, 0, 0].tolist() == [1, 0, 0, 1, 0]
+    assert embedding_bag(weight, rows, offsets, 1, kernel="triton")[:, 0, 0].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("table", TABLES, ids=str)
+@pytest.mark.parametrize("dim", [1, 16, 20])
+@pytest.mark.parametrize("max_length", [None, 6, 9])
+def test_embedding_sequence(table: torch.dtype, dim: int, max_length: int | None) -> None:
+    generator = _draw(dim)
+    lengths = torch.randint(0, 7, (33,), generator=generator)
+    weight = torch.randn(40, dim, generator=generator).to(table)
+    rows = torch.randint(0, 40, (int(lengths.sum()),), generator=generator).to(torch.int32)
+    offsets = None if max_length is None else torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    weight_, rows_, offsets_ = _on_device(weight, rows, offsets)
+    found = embedding_sequence(weight_, rows_, offsets_, max_length or 0, kernel="triton")
+    assert torch.equal(found.cpu(), embedding_sequence(weight, rows, offsets, max_length or 0, kernel="torch"))
+
+
+def test_empty_sequences() -> None:
+    weight, rows, offsets = _on_device(torch.ones(4, 16), torch.zeros(0, dtype=torch.int32), torch.zeros(4, dtype=torch.int64))
+    assert not embedding_sequence(weight, rows, offsets, 2, kernel="triton").any()
+
+
+@pytest.mark.parametrize("entries", [0, 1, 200, 5000])
+@pytest.mark.parametrize("hot", [1, 3, 10**6])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_embedding_reduce(entries: int, hot: int, scaled: bool) -> None:
+    generator = _draw(entries)
+    grad = torch.randint(-8, 9, (70, 16), generator=generator) / 8
+    rows = torch.randint(0, min(hot, 3000), (entries,), generator=generator).to(torch.int32)
+    grad_row = torch.randint(0, 70, (entries,), generator=generator).to(torch.int32)
+    scale = torch.randint(-4, 5, (entries,), generator=generator) / 4 if scaled else None
+    expected_rows, expected = embedding_reduce(grad, rows, grad_row, scale, 3000, kernel="torch")
+    found_rows, found = embedding_reduce(*_on_device(grad, rows, grad_row, scale), 3000, kernel="triton")
+    assert torch.equal(found_rows.cpu(), expected_rows)
+    assert torch.equal(found.cpu(), expected)
+
+
+@pytest.mark.parametrize("kind", [SGD, Adagrad, RowwiseAdagrad, Adam, FTRL], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(("table", "dim"), [(torch.float32, 3), (torch.float32, 16), (torch.float16, 64), (torch.bfloat16, 16)])
+@pytest.mark.parametrize(("limited", "hot"), [(True, 2), (False, 900)])
+def test_embedding_update(kind: type[RowOptimizer], table: torch.dtype, dim: int, limited: bool, hot: int) -> None:
+    generator = _draw(dim)
+    optimizer = kind(weight_decay=0.01, max_gradient=0.5, max_row_norm=1.0) if limited else kind()
+    if kind is FTRL:
+        optimizer = optimizer.model_copy(update={"l1": 0.05, "l2": 0.1, "initial_accumulator": 0.1})
+    num_rows, entries, outputs = 900, 300, 80
+    first_row, lr = torch.tensor([0, 300, 450]), torch.tensor([0.1, 0.01, 0.5])
+    weight = torch.randn(num_rows, dim, generator=generator).to(table)
+    lr_R = lr[torch.searchsorted(first_row, torch.arange(num_rows), right=True) - 1]
+    state = optimizer.new_state(weight, lr_R)
+    on_device, device_state = weight.to(DEVICE), [tensor.to(DEVICE) for tensor in state]
+    for step in range(2):
+        exact = on_device.cpu().double()
+        exact_state = [tensor.cpu().double() if tensor.is_floating_point() else tensor.cpu().clone() for tensor in device_state]
+        grad = torch.randint(-8, 9, (outputs, dim), generator=generator) / 8
+        rows = torch.randint(0, hot, (entries,), generator=generator).to(torch.int32)
+        grad_row = torch.randint(0, outputs, (entries,), generator=generator).to(torch.int32)
+        scale = torch.randint(-4, 5, (entries,), generator=generator) / 4 if limited else None
+        grad_scale = torch.tensor(0.5) if step else None
+        options = {"grad_row_N": grad_row, "scale_N": scale, "grad_scale": grad_scale}
+        embedding_update(exact, exact_state, grad.double(), rows, first_row, lr, optimizer, **options, kernel="torch")
+        grad_, rows_, first_row_, lr_ = _on_device(grad, rows, first_row, lr)
+        there = dict(zip(options, _on_device(*options.values()), strict=True))
+        embedding_update(on_device, device_state, grad_, rows_, first_row_, lr_, optimizer, **there, kernel="triton")
+        torch.testing.assert_close(on_device.cpu().double(), exact, rtol=ROUNDING[table], atol=max(ROUNDING[table], 2e-5))
+        for found, expected in zip(device_state, exact_state, strict=True):
+            torch.testing.assert_close(found.cpu().to(expected.dtype), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_update_of_nothing() -> None:
+    weight, grad, rows, first_row, lr = _on_device(
+        torch.ones(4, 16), torch.ones(0, 16), torch.zeros(0, dtype=torch.int32), torch.tensor([0]), torch.ones(1)
+    )
+    embedding_update(weight, [], grad, rows, first_row, lr, SGD(), kernel="triton")
+    assert bool((weight == 1).all())
+
+
+@pytest.mark.parametrize("bad", [-1, 4])
+def test_update_refuses_a_row_outside(bad: int) -> None:
+    weight, grad, rows, first_row, lr = _on_device(
+        torch.ones(4, 16), torch.ones(1, 16), torch.tensor([bad]), torch.tensor([0]), torch.ones(1)
+    )
+    with pytest.raises(IndexError, match="not all in the storage of 4 rows"):
+        embedding_update(weight, [], grad, rows, first_row, lr, SGD(), kernel="triton")
+    assert bool((weight == 1).all())
