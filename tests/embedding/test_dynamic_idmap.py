@@ -92,6 +92,21 @@ def test_growth_boundaries(size: int) -> None:
     assert not ids.find(words + 1).any()
 
 
+def test_a_large_batch_grows_by_what_it_brings() -> None:
+    """The share of new ids so far says how much room the rest will take: few rehashes, and none for ids that are known."""
+    ids, words = IdMap(), np.arange(100_000)
+    ids.put(words, words + 1)
+    assert ids.num_slots == 1 << 18
+    known = IdMap()
+    known.put(words[:6000], words[:6000] + 1)
+    known.put(np.concatenate([np.repeat(words[:6000], 20), [200_000, 200_001]]), np.arange(1, 120_003))
+    assert known.num_slots == 1 << 13
+    mixed = IdMap(6000)
+    mixed.put(np.where(np.arange(200_000) % 10 == 0, np.arange(200_000), 1), np.arange(1, 200_001))
+    assert mixed.num_slots == 1 << 15
+    assert (len(mixed), len(known)) == (20_001, 6002)
+
+
 @pytest.mark.parametrize("expected", [1, 12, 13, 24, 25, 1000])
 def test_no_growth_up_to_the_expected_size(expected: int) -> None:
     ids = IdMap(expected)

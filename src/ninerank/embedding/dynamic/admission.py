@@ -51,7 +51,7 @@ class BloomCounter(Config):
 
     kind: Literal["bloom"] = "bloom"
     expected_ids: int = Field(ge=1, le=1 << 30)
-    false_positive_rate: float = Field(0.01, ge=1e-5, le=0.5)
+    false_positive_rate: float = Field(default=0.01, ge=1e-5, le=0.5)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -89,7 +89,7 @@ class Frequency(Config):
     kind: Literal["frequency"] = "frequency"
     threshold: int = Field(ge=1, le=(1 << 31) - 1)
     counter: Annotated[ExactCounter | BloomCounter, Field(discriminator="kind")] = ExactCounter()
-    halve_every: int | None = Field(None, ge=1)
+    halve_every: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _fits_counter(self) -> Self:

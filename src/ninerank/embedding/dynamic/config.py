@@ -21,10 +21,10 @@ class DynamicTableConfig(Config):
     delta export.
     """
 
-    init_std: float = Field(0.01, ge=0.0, allow_inf_nan=False)
+    init_std: float = Field(default=0.01, ge=0.0, allow_inf_nan=False)
     admission: AdmissionConfig = Always()
     eviction: tuple[EvictionConfig, ...] = ()
     clock: Literal["steps", "seconds"] = "steps"
-    evict_every: int = Field(1000, ge=0)
-    reserve_rows: int = Field(1 << 26, ge=1, le=1 << 40)
+    evict_every: int = Field(default=1000, ge=0)
+    reserve_rows: int = Field(default=1 << 26, ge=1, le=1 << 40)
     track_changes: bool = False

@@ -27,7 +27,7 @@ class LeastFrequent(Config):
 
     kind: Literal["least_frequent"] = "least_frequent"
     min_count: int = Field(ge=2)
-    max_age: int = Field(0, ge=0)
+    max_age: int = Field(default=0, ge=0)
 
 
 class Capacity(Config):
@@ -40,7 +40,7 @@ class Capacity(Config):
     kind: Literal["capacity"] = "capacity"
     max_rows: int = Field(ge=1)
     by: Literal["lru", "lfu"] = "lru"
-    fill: float = Field(0.9375, gt=0.0, le=1.0)
+    fill: float = Field(default=0.9375, gt=0.0, le=1.0)
 
     @property
     def rows_kept(self) -> int:

@@ -9,6 +9,7 @@ back (Knuth, TAOCP vol. 3, 6.4, algorithm R): a map that has seen any number of 
 Memory: 16 bytes / load factor, which lies between 0.375 and 0.75 while a map grows: 21.3 to 42.7 bytes per id.
 """
 
+import math
 import secrets
 from collections.abc import Iterator
 
@@ -27,6 +28,7 @@ MIN_BITS = 4
 MAX_LOAD = 0.75
 SLOT_BYTES = 16
 REHASH_SLOTS = 1 << 20
+LEAST_SAMPLE = 4096
 
 
 @jit
@@ -129,6 +131,11 @@ def _longest_probe(slots, key, shift):  # type: ignore[no-untyped-def]
     return longest
 
 
+def _bits_for(expected: int) -> int:
+    """Bits of the least number of slots that hold `expected` ids."""
+    return max(MIN_BITS, (math.ceil(expected / MAX_LOAD) - 1).bit_length())
+
+
 class IdMap:
     """Map from int64 ids to int64 values other than 0; grows as ids come.
 
@@ -142,7 +149,7 @@ class IdMap:
 
     def __init__(self, expected: int = 0, *, key: int | None = None) -> None:
         self.key = np.uint64(secrets.randbits(64) if key is None else key)
-        self._allocate(max(MIN_BITS, int(expected / MAX_LOAD).bit_length()))
+        self._allocate(_bits_for(expected))
         self._size = 0
 
     def _allocate(self, bits: int) -> None:
@@ -176,12 +183,12 @@ class IdMap:
         """Set the value (not 0) of each id; of an id that comes twice the last value stays."""
         if not values.all():
             raise ValueError(f"value 0 of id {int(ids[int(np.argmin(values != 0))])}: 0 says that an id is absent; any other is allowed")
-        done = 0
+        done, before = 0, self._size
         while True:
             done, self._size = _put(self.slots, self.key, self.shift, ids, values, done, self._size, self.limit)
             if done == len(ids):
                 return
-            self.grow()
+            self.make_room(done, self._size - before, len(ids))
 
     def remove(self, ids: Ints) -> Ints:
         """Take ids out; returns their values, 0 for those that were not there."""
@@ -198,10 +205,15 @@ class IdMap:
         """State the number of ids after a kernel wrote into `slots` itself."""
         self._size = size
 
-    def grow(self) -> None:
-        """Double the slots."""
+    def make_room(self, done: int, added: int, total: int) -> None:
+        """Grow in the midst of a batch: `done` of its `total` ids brought `added` new ones, and the rest is taken to be alike."""
+        share = added / done if done >= LEAST_SAMPLE else 0.0
+        self.grow(self._size + int(share * (total - done)))
+
+    def grow(self, expected: int = 0) -> None:
+        """Double the slots, or more, so that `expected` ids fit."""
         old_region, old = self._region, self.slots
-        self._allocate(len(old).bit_length())
+        self._allocate(max(len(old).bit_length(), _bits_for(expected)))
         for first in range(0, len(old), REHASH_SLOTS):
             stop = min(first + REHASH_SLOTS, len(old))
             _rehash(old, first, stop, self.slots, self.key, self.shift)

@@ -59,6 +59,12 @@ def _mark(book, rows, version):  # type: ignore[no-untyped-def]
         book[rows[i]].version = version
 
 
+def _place(rows: Ints) -> Ints | slice:
+    """Index of rows: a slice where they follow each other, as those of a growing table do, so that NumPy copies nothing to read them."""
+    is_run = len(rows) > 0 and rows[-1] - rows[0] == len(rows) - 1 and bool((np.diff(rows) == 1).all())
+    return slice(int(rows[0]), int(rows[-1]) + 1) if is_run else rows
+
+
 class RowStorage:
     """Arrays of one table, addressed by row."""
 
@@ -106,8 +112,9 @@ class RowStorage:
         for group, array in self._values.items():
             fill_rows(array.rows, rows, ids, self._keys[group], self._std)
             if self._states[group] and self._rule is not None:
-                for name, state in self._rule.new_state(torch.from_numpy(array.rows[rows])).items():
-                    self._states[group][name].rows[rows] = state.numpy()
+                where = _place(rows)
+                for name, state in self._rule.new_state(torch.from_numpy(array.rows[where])).items():
+                    self._states[group][name].rows[where] = state.numpy()
 
     def touch(self, rows: Ints, now: int, version: int) -> None:
         """Note one occurrence in training of each row in `rows`."""

@@ -167,7 +167,7 @@ class DynamicTable:
             ids_map.resize(size)
             if done == len(ids):
                 return rows, fresh[:num_fresh]
-            ids_map.grow()
+            ids_map.make_room(done, num_fresh, len(ids))
 
     def _start(self, rows: Ints, ids: Ints, tick: int) -> None:
         self.storage.open(rows, ids, tick)
