@@ -17,6 +17,8 @@ from ninerank.errors import SpecError, nearest
 __all__ = ["Config", "read_mapping"]
 
 MAX_CONFIG_BYTES = 1 << 30
+# The safe loader of libyaml where PyYAML brings it: about three times as fast, which a spec with large vocabularies needs.
+SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class Config(BaseModel):
@@ -62,7 +64,7 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{file}: cannot be read ({error.strerror if isinstance(error, OSError) else error})") from None
     try:
-        data = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+        data = json.loads(text) if file.suffix == ".json" else yaml.load(text, Loader=SAFE_LOADER)  # noqa: S506 (it is a safe one)
     except (ValueError, yaml.YAMLError) as error:
         raise SpecError(f"{file}: is not valid {'JSON' if file.suffix == '.json' else 'YAML'}: {error}") from None
     if not isinstance(data, dict):

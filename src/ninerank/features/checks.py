@@ -58,7 +58,7 @@ class RowCheck:
 
     def _column(self, array: pa.Array, field: pa.Field, first_row: int) -> pa.Array:
         if pa.types.is_null(field.type):
-            return array
+            return self._group(array, field.name, first_row)
         if pa.types.is_list(field.type) and pa.types.is_string(array.type) and field.name in self.separators:
             array = pc.split_pattern(array, self.separators[field.name])
         array = conform(array, field.type, field.name, first_row=first_row)
@@ -69,6 +69,15 @@ class RowCheck:
         elif field.name in self.numbers:
             self._demand(array, True, np.isfinite, field.name, first_row, "a number is finite; leave a missing one empty (null)")
         return array
+
+    @staticmethod
+    def _group(array: pa.Array, column: str, first_row: int) -> pa.Array:
+        """Groups of one type in all files: int64 where they are integers, else strings."""
+        if array.null_count:
+            row = first_row + pc.index(array.is_null(), True).as_py()
+            raise DataError(f"column {column!r}, row {row}: null cannot be a group of GAUC; give every row a group")
+        whole = pa.types.is_integer(array.type) and not pa.types.is_uint64(array.type)
+        return conform(array, pa.int64() if whole else pa.string(), column, first_row=first_row)
 
     @staticmethod
     def _demand(array: pa.Array, nullable: bool, allowed: Allowed, column: str, first_row: int, rule: str) -> None:

@@ -144,7 +144,7 @@ class IdFeature(_Column):
     multi: bool = False
     max_length: int | None = Field(default=None, ge=1)
     pooling: Literal["sum", "mean"] = "mean"
-    separator: Separator = Field(default="|", description="between the ids of a multi feature in a text file")
+    separator: Separator = Field(default="|", description="between the ids of a multi feature, where a file holds them as one string")
     table: Name | None = Field(default=None, description="features of one table share rows; default: the feature's name")
     default: StrictInt | StrictStr | None = None
 
@@ -216,7 +216,7 @@ class SequenceFeature(_Column):
     kind: Literal["sequence"] = "sequence"
     of: Name
     max_length: int = Field(default=50, ge=1, le=100_000)
-    separator: Separator = Field(default="|", description="between the ids in a text file")
+    separator: Separator = Field(default="|", description="between the ids, where a file holds them as one string")
 
 
 Feature = Annotated[IdFeature | NumericFeature | SequenceFeature, Field(discriminator="kind")]

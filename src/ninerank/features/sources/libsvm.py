@@ -66,7 +66,7 @@ class LibsvmLog:
         pairs, rows = flat.filter(pa.array(~is_label)), parents[~is_label]
         parts = pc.split_pattern(pairs, ":", max_splits=1)
         whole = pc.equal(pc.list_value_length(parts), 2)
-        if not pc.all(whole).as_py():
+        if not pc.all(whole, min_count=0).as_py():
             bad = pc.index(whole, False).as_py()
             raise DataError(f"{self.path}: row {first_row + rows[bad]}: {pairs[bad].as_py()!r} is not index:value")
         keys, values = pc.list_element(parts, 0), pc.list_element(parts, 1)

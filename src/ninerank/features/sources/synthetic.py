@@ -128,7 +128,8 @@ def synthetic_spec(config: SyntheticConfig | None = None) -> FeatureSpec:
 def generate(config: SyntheticConfig, out_dir: str | Path, *, progress: Callable[[int], None] | None = None) -> SyntheticTruth:
     """Write the log into `out_dir` and return its truth; `progress` is called with each number of rows just written.
 
-    The files are the same, byte for byte, for the same config and library versions.
+    The files are the same, byte for byte, for the same config and library versions. Raises DataError, before any file is written,
+    where a split has no clicks or nothing else.
     """
     directory = Path(out_dir)
     directory.mkdir(parents=True, exist_ok=True)
@@ -147,6 +148,10 @@ def generate(config: SyntheticConfig, out_dir: str | Path, *, progress: Callable
     intercept = _intercept(logit_RC, config.positive_rate)
     probability_RC = _sigmoid(logit_RC + intercept)
     click_RC = labels.random(probability_RC.shape) < probability_RC
+    for split, (first, last) in config.bounds().items():
+        clicks, count = int(click_RC[first:last].sum()), click_RC[first:last].size
+        if not 0 < clicks < count:
+            raise DataError(f"split {split!r}: {clicks} clicks in {count} rows leave no AUC to reach; ask for more rows")
     items = _item_table(world)
     _write(directory / "items.parquet", iter([items]))
     splits = {}
@@ -167,7 +172,7 @@ def generate(config: SyntheticConfig, out_dir: str | Path, *, progress: Callable
             "intercept": intercept,
             "splits": {name: asdict(split) for name, split in splits.items()},
         }
-        temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return found
 
 

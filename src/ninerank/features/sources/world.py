@@ -1,4 +1,4 @@
-"""The ground truth of the synthetic log: users, items, tastes, and the true probability of a click.
+"""The ground truth of the synthetic log: users, items, what users looked at before, and the true logit of a click.
 
     logit(r, i) = b + user(u) + item(i) + context(t)              main effects of visible attributes and small ones of the ids
                 + g[segment, department] + h[daypart, department] - k_segment z_price
@@ -12,9 +12,11 @@ Shape legend: U users, I items, R requests, C candidates a request, L history le
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
 from ninerank.config import Config
 
@@ -22,6 +24,7 @@ __all__ = ["Requests", "World"]
 
 Array = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+Strength = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 
 NUM_SEGMENTS, NUM_AGES, NUM_DEVICES, NUM_DAYPARTS, CROSS_RANK = 8, 7, 3, 4, 2
 NUM_DEPARTMENTS, CATEGORIES_EACH, BRANDS_EACH, NUM_TAGS, MAX_TAGS = 8, 3, 6, 30, 3
@@ -33,24 +36,24 @@ START_MS = 1_735_689_600_000
 
 
 class Effects(Config):
-    """Standard deviations of the logit's parts over users, items, pairs or times."""
+    """Standard deviations of the logit's parts over users, items, pairs or times; `history` is the weight w."""
 
-    segment: float = 0.4
-    age: float = 0.3
-    activity: float = 0.25
-    user_id: float = 0.05
-    category: float = 0.6
-    brand: float = 0.35
-    tags: float = 0.2
-    price: float = 0.3
-    quality: float = 0.45
-    item_id: float = 0.05
-    hour: float = 0.3
-    device: float = 0.25
-    segment_department: float = 0.32
-    daypart_department: float = 0.12
-    segment_price: float = 0.15
-    history: float = 0.22
+    segment: Strength = 0.4
+    age: Strength = 0.3
+    activity: Strength = 0.25
+    user_id: Strength = 0.05
+    category: Strength = 0.6
+    brand: Strength = 0.35
+    tags: Strength = 0.2
+    price: Strength = 0.3
+    quality: Strength = 0.45
+    item_id: Strength = 0.05
+    hour: Strength = 0.3
+    device: Strength = 0.25
+    segment_department: Strength = 0.32
+    daypart_department: Strength = 0.12
+    segment_price: Strength = 0.15
+    history: Strength = 0.22
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,8 @@ class World:
         self.age_U = rng.choice(NUM_AGES, count, p=_zipf(rng, NUM_AGES, 0.4))
         self.age_known_U = rng.random(count) >= 0.05
         self.activity_U = np.round(np.exp(rng.normal(3.0, 1.2, count)))
-        taste_of_segment = rng.gamma(0.3, size=(NUM_SEGMENTS, NUM_CATEGORIES)) + 0.02
-        scores = np.log(taste_of_segment[self.segment_U]) + rng.gumbel(size=(count, taste_of_segment.shape[1]))
+        liking_of_segment = rng.gamma(0.3, size=(NUM_SEGMENTS, NUM_CATEGORIES)) + 0.02
+        scores = np.log(liking_of_segment[self.segment_U]) + rng.gumbel(size=(count, liking_of_segment.shape[1]))
         self.favourites_UK = np.argsort(-scores, axis=1)[:, :FAVOURITES]
         shown_age_U = np.where(self.age_known_U, self.age_U, NUM_AGES)
         self.effect_U = _total(
@@ -152,7 +155,7 @@ class World:
         self._user_R, self._time_ms_R, self._device_R = user, time, rng.choice(NUM_DEVICES, count, p=DEVICE_SHARES)
 
     def _draw_streams(self, rng: np.random.Generator) -> None:
-        """What each user looked at: mostly items of favourite tastes, else popular ones; 0 to 3 events between requests."""
+        """What each user looked at: mostly items of favourite categories, else popular ones; 0 to 3 events between requests."""
         user_R, users = self._user_R, len(self.user_id_U)
         steps_R = rng.integers(0, 4, len(user_R))
         first_size_U = rng.integers(0, 2 * self.history_length + 1, users)
@@ -165,9 +168,9 @@ class World:
         position_R += first_size_U[user_R]
         owner_S = np.repeat(np.arange(users), size_U)
         favoured_S = rng.random(len(owner_S)) < FAVOURITE_SHARE
-        taste_S = self.favourites_UK[owner_S, rng.integers(0, FAVOURITES, len(owner_S))]
+        favourite_S = self.favourites_UK[owner_S, rng.integers(0, FAVOURITES, len(owner_S))]
         popular_S = rng.choice(len(self.item_id_I), len(owner_S), p=self.popularity_I)
-        self.stream_S = np.where(favoured_S, self._item_of_category(rng, taste_S), popular_S)
+        self.stream_S = np.where(favoured_S, self._item_of_category(rng, favourite_S), popular_S)
         size_R = np.minimum(position_R, self.history_length)
         self.requests = Requests(user_R, self._time_ms_R, self._device_R, start_U[user_R] + position_R, size_R)
 
@@ -189,7 +192,7 @@ class World:
             order = np.argsort(item_RC, axis=1, kind="stable")
             ranked = np.take_along_axis(item_RC, order, 1)
             again = np.zeros(item_RC.shape, bool)
-            np.put_along_axis(again[:, :], order[:, 1:], ranked[:, 1:] == ranked[:, :-1], 1)
+            np.put_along_axis(again, order[:, 1:], ranked[:, 1:] == ranked[:, :-1], 1)
             if not again.any():
                 return np.asarray(np.minimum(item_RC, len(self.item_id_I) - 1))
             item_RC[again] = np.searchsorted(cumulative, rng.random(int(again.sum())) * cumulative[-1], side="right")
@@ -211,8 +214,8 @@ class World:
         crosses = self.segment_department[segment[:, None], department] + self.daypart_department[daypart[:, None], department]
         crosses -= self.price_slope[segment][:, None] * self.z_price_I[item_RC]
         history, there = self.history(requests)
-        taste_RL = np.where(there, self.category_I[history], -1)
-        matches = (taste_RL[:, None, :] == self.category_I[item_RC][:, :, None]).sum(2)
+        category_RL = np.where(there, self.category_I[history], -1)
+        matches = (category_RL[:, None, :] == self.category_I[item_RC][:, :, None]).sum(2)
         return np.asarray(of_request[:, None] + self.effect_I[item_RC] + crosses + self.effects.history * interest(matches))
 
 
