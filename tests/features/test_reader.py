@@ -173,6 +173,13 @@ def test_libsvm(tmp_path: Path) -> None:
     assert every.column("qid").to_pylist() == [4, None, None, None]
 
 
+def test_libsvm_lines_may_be_labels_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.libsvm").write_text("1\n0\n")
+    (batch,) = read(Reader(tmp_path / "a.libsvm", spec=LIBSVM_SPEC))
+    assert batch.column("label").to_pylist() == [1.0, 0.0]
+    assert batch.column("index").to_pylist() == [[], []]
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -324,6 +331,22 @@ def test_a_wrong_value_is_named_with_its_file(column: str, values: Any, said: st
     pq.write_table(replaced(column, values), path)
     with pytest.raises(DataError, match=re.escape(f"{path}: {said}")):
         read(Reader(path, spec=SPEC))
+
+
+def test_a_null_group_is_named_with_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(replaced("session", [1, None, 2]), path)
+    with pytest.raises(DataError, match=re.escape(f"{path}: column 'session', row 1: null cannot be a group")):
+        read(Reader(path, spec=SPEC))
+
+
+@pytest.mark.parametrize("groups", [(pa.int32(), pa.int64()), (pa.string(), pa.large_string())], ids=["integers", "strings"])
+def test_groups_of_several_files_are_joined(groups: tuple[pa.DataType, pa.DataType], tmp_path: Path) -> None:
+    for i, held in enumerate(groups):
+        session = pa.array([1, 2, 3]).cast(held)
+        pq.write_table(ROWS.set_column(0, "session", session), tmp_path / f"{i}.parquet")
+    (batch,) = read(Reader(tmp_path, spec=SPEC, seed=0))
+    assert sorted(int(value) for value in batch.column("session").to_pylist()) == [1, 1, 2, 2, 3, 3]
 
 
 def test_a_bag_in_one_string_is_cut_at_the_separator_in_any_format(tmp_path: Path) -> None:

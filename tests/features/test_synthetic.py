@@ -172,6 +172,12 @@ def test_small_worlds_can_be_drawn(smallest: dict[str, Any], tmp_path: Path) -> 
     assert sum(split.num_rows for split in truth.splits.values()) == config.num_rows
 
 
+def test_a_split_without_clicks_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="split 'train': 0 clicks in 300 rows"):
+        generate(SyntheticConfig(num_rows=400, num_users=10, num_items=30, positive_rate=1e-6), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
