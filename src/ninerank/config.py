@@ -65,6 +65,9 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
         raise SpecError(f"{file}: cannot be read ({error.strerror if isinstance(error, OSError) else error})") from None
     try:
         data = json.loads(text) if file.suffix == ".json" else yaml.load(text, Loader=SAFE_LOADER)  # noqa: S506 (it is a safe one)
+        if file.suffix == ".json" and "\\ud" in text.lower():
+            # Half a surrogate pair, written as an escape, is no character: nothing could be written or hashed with it.
+            json.dumps(data, ensure_ascii=False).encode()
     except (ValueError, yaml.YAMLError) as error:
         raise SpecError(f"{file}: is not valid {'JSON' if file.suffix == '.json' else 'YAML'}: {error}") from None
     if not isinstance(data, dict):

@@ -216,6 +216,12 @@ def test_a_number_that_is_not_finite_is_refused(kind: str, bad: float) -> None:
         fit(spec_of(number({"kind": kind})), [_numbers([1.0, bad])])
 
 
+@pytest.mark.parametrize("values", [[1e308, 1.7e308], [1e200, -1e200], [-1.7e308, 1.7e308]])
+def test_moments_that_overflow_are_refused(values: list[float]) -> None:
+    with pytest.raises(DataError, match="column 'x': its mean or standard deviation overflows float64"):
+        fit(spec_of(number({"kind": "standardise"})), [_numbers(values), _numbers(values[::-1])])
+
+
 def test_fitters_of_different_specs_are_not_merged() -> None:
     with pytest.raises(DataError, match="different specs"):
         Fitter(spec_of(city())).merge(Fitter(spec_of(city(min_count=2))))

@@ -63,6 +63,11 @@ def spec() -> FeatureSpec:
     return FeatureSpec.parse(DOCUMENT, "spec")
 
 
+def test_json_may_escape_a_character_as_a_surrogate_pair(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"labels": ["\U0001f600"], "features": DOCUMENT["features"][:1]}))
+    assert FeatureSpec.load(tmp_path / "a.json").labels == ("\U0001f600",)
+
+
 @pytest.mark.parametrize("name", ["spec.yaml", "spec.yml", "spec.json"])
 def test_a_file_keeps_spec_and_digest(spec: FeatureSpec, name: str, tmp_path: Path) -> None:
     spec.save(tmp_path / name)
@@ -220,6 +225,8 @@ def test_a_wrong_spec_is_refused(path: tuple[str | int, ...], value: Any, said: 
         ("a.json", "{", "is not valid JSON"),
         ("a.yaml", "- 1", "holds list at the top"),
         ("a.yaml", "", "holds NoneType at the top"),
+        ("a.json", r'{"labels": ["\ud800"]}', "is not valid JSON"),
+        ("a.yaml", r'labels: ["\ud800"]', "is not valid YAML"),
         ("a.yaml", "labels: [y]", "key 'features' is missing"),
         ("a.yaml", "!!python/object/apply:os.system ['true']", "is not valid YAML"),
     ],

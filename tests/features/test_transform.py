@@ -343,6 +343,36 @@ def test_a_default_that_the_vocabulary_does_not_know_takes_row_zero() -> None:
     assert Transform(spec).batch(pa.record_batch({"city": ["rome", None]})).request.single.values.tolist() == [1, 0]
 
 
+@pytest.mark.parametrize(
+    "transform",
+    [
+        {"kind": "raw"},
+        {"kind": "log"},
+        {"kind": "standardise", "mean": 1.5, "std": 0.3},
+        {"kind": "bucketize", "boundaries": [1.0, 2.0, 3.0]},
+    ],
+    ids=lambda transform: transform["kind"],
+)
+def test_a_missing_number_is_read_as_its_default(transform: dict[str, Any]) -> None:
+    feature = {"kind": "numeric", "name": "price", "role": "item", "transform": transform, "default": 2.5}
+    block = (
+        Transform(FeatureSpec.parse({"labels": ["click"], "features": [feature]}, "spec"))
+        .batch(pa.record_batch({"price": [2.5, None]}))
+        .item
+    )
+    bucketised = transform["kind"] == "bucketize"
+    there, missing = ids_of(block)["price"] if bucketised else bits(block.dense_RF)
+    assert there == missing
+    assert there != [0]
+
+
+@pytest.mark.parametrize("transform", [{"kind": "raw"}, {"kind": "standardise", "mean": 0.0, "std": 1e-30}])
+def test_a_default_that_does_not_fit_float32_is_refused(transform: dict[str, Any]) -> None:
+    feature = {"kind": "numeric", "name": "price", "role": "item", "transform": transform, "default": 1e39}
+    with pytest.raises(SpecError, match=r"feature 'price': default 1e\+39 does not fit float32 after its transform"):
+        Transform(FeatureSpec.parse({"labels": ["click"], "features": [feature]}, "spec"))
+
+
 def test_one_request_row_serves_all_candidates() -> None:
     rows = with_column("click", GOOD["click"])
     items = rows.select(list(SPEC.columns("item")))

@@ -3,6 +3,7 @@
 The result depends on the rows alone, not on their order or batches, up to rounding of mean and std.
 """
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -95,11 +96,19 @@ class Fitter:
                     vocabularies[name] = encoding.model_copy(update={"values": self._tables[name].most_frequent(encoding)})
                 features.append(feature.model_copy(update={"encoding": vocabularies[name]}))
             elif isinstance(feature, NumericFeature) and not feature.is_fitted:
-                learned = self._moments[feature.name].state() if feature.name in self._moments else self._boundaries(feature)
+                learned = self._state(feature) if feature.name in self._moments else self._boundaries(feature)
                 features.append(feature.model_copy(update={"transform": feature.transform.model_copy(update=learned)}))
             else:
                 features.append(feature)
         return self.spec.model_copy(update={"features": tuple(features)})
+
+    def _state(self, feature: NumericFeature) -> dict[str, object]:
+        mean, std = self._moments[feature.name].state()
+        if not np.isfinite([mean, std]).all():
+            raise DataError(
+                f"column {feature.column!r}: its mean or standard deviation overflows float64; use transform log, or scale it down"
+            )
+        return {"mean": mean, "std": std}
 
     def _boundaries(self, feature: NumericFeature) -> dict[str, object]:
         assert isinstance(feature.transform, Bucketize)
@@ -166,8 +175,9 @@ class _Moments:
     def update(self, array: pa.Array) -> None:
         values = array.to_numpy(zero_copy_only=False)
         if len(values):
-            mean = float(values.mean())
-            self._add(len(values), mean, float(((values - mean) ** 2).sum()))
+            with np.errstate(over="ignore", invalid="ignore"):
+                mean = float(values.mean())
+                self._add(len(values), mean, float(((values - mean) ** 2).sum()))
 
     def merge(self, other: "_Moments") -> None:
         self._add(other.count, other.mean, other.squares)
@@ -179,6 +189,7 @@ class _Moments:
             self.mean += delta * count / total
             self.count = total
 
-    def state(self) -> dict[str, float]:
-        std = (self.squares / self.count) ** 0.5 if self.count else 0.0
-        return {"mean": self.mean, "std": std if std > 0 else 1.0}
+    def state(self) -> tuple[float, float]:
+        """Mean and standard deviation, 1 for a constant; not finite where a sum overflowed."""
+        std = math.sqrt(self.squares / self.count) if self.count else 0.0
+        return self.mean, 1.0 if std == 0 else std

@@ -164,7 +164,8 @@ class _Jobs:
         job[0, : kernels.NUM_DYNAMIC] = _single_place(value)
         if job[0, kernels.TYPE] == kernels.NUMBER and job[0, kernels.METHOD] != kernels.BUCKETS:
             out = np.zeros((1, 1), np.float32)
-            kernels.fill_dense(job, self.numbers[f : f + 1], 1, out)
+            if kernels.fill_dense(job, self.numbers[f : f + 1], 1, out) >= 0:
+                raise SpecError(f"feature {self.keys[f]!r}: default {show(value[0])} does not fit float32 after its transform")
             self.numbers[f, 2] = out[0, 0]
         else:
             row = np.zeros(1, np.int64)
