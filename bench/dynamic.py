@@ -22,8 +22,9 @@ import numpy.typing as npt
 import torch
 
 from harness import Result, interleave
-from ninerank.embedding.dynamic import DynamicTable, DynamicTableConfig, IdMap, SparseRule
-from ninerank.embedding.optimizer import SparseOptimizerConfig
+from ninerank.embedding.dynamic import DynamicTable, DynamicTableConfig, IdMap
+from ninerank.embedding.dynamic.fused import FusedRule
+from ninerank.fusion.kernels.embedding_update import RowwiseAdagrad
 
 Ints = npt.NDArray[np.int64]
 
@@ -213,8 +214,8 @@ class TorchRec(Structure):
 
 def grow(result: Result, count: int) -> None:
     """A table from nothing to `count` ids, a million at a time; then lookups, and training steps on known ids."""
-    rule = SparseRule(SparseOptimizerConfig(), "item")
-    table = DynamicTable("item", {"deep": 8}, DynamicTableConfig(reserve_rows=count + 1), seed=1, rule=rule)
+    config = DynamicTableConfig(reserve_rows=count + 1)
+    table = DynamicTable("item", {"deep": 8}, config, seed=1, rule=FusedRule(RowwiseAdagrad(), 0.05))
     table.lookup(torch.arange(1000), train=True, step=0)  # compiles
     table.load_state({name: value[:0] for name, value in table.state().items()})
     before, rng = resident_bytes(), np.random.default_rng(2)

@@ -3,7 +3,7 @@
 config.py     DynamicTableConfig          admission.py, eviction.py   policies
 table.py      DynamicTable: lookup, rows, update, finish_step, state
 idmap.py      id -> row                   storage.py, reserve.py      rows that grow without copies
-initial.py    first values from the id    rules.py                    the seam to optimizers
+initial.py    first values from the id    rules.py, fused.py          the seam to optimizers, and the fused operator behind it
 state.py      states by raw id, dealt out to any number of processes
 source.py     delta export
 """
