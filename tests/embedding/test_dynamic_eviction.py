@@ -6,8 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ninerank.embedding.dynamic import Capacity, DynamicTable, DynamicTableConfig, LastSeen, LeastFrequent
+from ninerank.embedding.dynamic import Capacity, DynamicTable, DynamicTableConfig, LastSeen, LeastFrequent, SparseRule
 from ninerank.embedding.dynamic.eviction import EvictionConfig, smallest
+from ninerank.embedding.optimizer import SparseOptimizerConfig
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), max_size=40), st.integers(-1, 45))
@@ -111,6 +112,19 @@ def test_nothing_is_given_up_in_the_middle_of_a_step() -> None:
     assert table.finish_step(4) == 0
     assert table.finish_step(5) == 3
     assert ids_of(table) == [9]
+
+
+def test_a_step_does_not_end_with_gradients_left() -> None:
+    """Their rows might belong to other ids when they are applied."""
+    rule = SparseRule(SparseOptimizerConfig(), "t")
+    table = DynamicTable("t", {"deep": 2}, DynamicTableConfig(reserve_rows=8), seed=0, rule=rule)
+    for settle in (table.update, table.zero_grad):
+        rows = table.lookup(torch.tensor([1]), train=True, step=0)
+        table.rows("deep", rows).sum().backward()
+        with pytest.raises(RuntimeError, match="step 0 ends with gradients left"):
+            table.finish_step(0)
+        settle()
+        table.finish_step(0)
 
 
 def test_rows_are_used_again_and_start_afresh() -> None:

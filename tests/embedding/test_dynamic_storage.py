@@ -104,6 +104,7 @@ def test_rows_given_up_are_given_out_first() -> None:
     rule = SparseRule(SparseOptimizerConfig(initial_accumulator=0.5), "t")
     storage = RowStorage("t", {"deep": 2}, rule, std=1.0, seed=0, rows=4)
     storage.ensure(10)
+    assert storage.num_rows == 10
     storage.used = 5
     storage.open(np.arange(1, 5), np.arange(11, 15), 3)
     storage.touch(np.array([1, 2, 2, 4, 0, 0]), 5, 7)

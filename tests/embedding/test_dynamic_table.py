@@ -291,6 +291,16 @@ def test_growth_beyond_the_reservation_keeps_everything() -> None:
     assert len(table) > 2000
 
 
+def test_known_ids_never_move_a_full_table() -> None:
+    table = make(reserve_rows=11)
+    table.lookup(torch.arange(10), train=True, step=0)
+    rows = table.storage._book.rows
+    table.lookup(torch.arange(10).repeat(50), train=True, step=1)
+    assert table.storage._book.rows is rows
+    table.lookup(torch.tensor([10]), train=True, step=2)
+    assert table.storage.num_rows == 22
+
+
 def test_statistics() -> None:
     table = make(admission=Frequency(threshold=2), eviction=(Capacity(max_rows=2, fill=0.5),), evict_every=0)
     assert np.isnan(table.statistics().hit_rate)

@@ -24,6 +24,7 @@ __all__ = ["MANIFEST", "RowFile", "read_manifest", "read_rows", "seal", "sealing
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 26
+MAX_WIDTH = 1 << 16
 ID = "id"
 
 Dtype = Literal["float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
@@ -43,8 +44,9 @@ class RowFile(Config):
     @classmethod
     def _no_second_id(cls, columns: dict[str, Column]) -> dict[str, Column]:
         for name, column in columns.items():
-            if name == ID or column.dtype not in get_args(Dtype) or column.width < 0:
-                raise ValueError(f"column {name!r} of {column}: {ID!r} is taken, widths are 0 or more, types {', '.join(get_args(Dtype))}")
+            if name == ID or column.dtype not in get_args(Dtype) or not 0 <= column.width <= MAX_WIDTH:
+                types = ", ".join(get_args(Dtype))
+                raise ValueError(f"column {name!r} of {column}: {ID!r} is taken, widths are 0 to {MAX_WIDTH}, types {types}")
         return columns
 
 
@@ -119,11 +121,12 @@ def read_rows(directory: Path, entry: RowFile) -> RowBlock:
             raise BundleError(f"{path}: SHA-256 is {digest}, {MANIFEST} says {entry.sha256}: the file is corrupt")
         with pa.memory_map(str(path)) as stream:
             table = pa.ipc.open_file(stream).read_all()
-    except (OSError, pa.ArrowInvalid) as error:
+        table.validate(full=True)
+    except (OSError, pa.ArrowException) as error:
         raise BundleError(f"{path}: cannot be read ({error})") from None
     wanted = {ID: pa.int64(), **{key: _arrow_type(column) for key, column in entry.columns.items()}}
     held = {field.name: field.type for field in table.schema}
-    if held != wanted:
+    if held != wanted or table.num_columns != len(wanted):
         raise BundleError(f"{path}: columns are {held}, {MANIFEST} says {wanted}")
     if table.num_rows != entry.rows:
         raise BundleError(f"{path}: has {table.num_rows} rows, {MANIFEST} says {entry.rows}")

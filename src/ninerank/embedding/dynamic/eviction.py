@@ -4,7 +4,7 @@ Ages are in the units of the table's clock, steps or seconds. Choices depend on 
 the smaller id, so that they are the same wherever the rows happen to lie.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -50,7 +50,7 @@ class Capacity(Config):
 EvictionConfig = Annotated[LastSeen | LeastFrequent | Capacity, Field(discriminator="kind")]
 
 
-def smallest(count: int, *keys: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def smallest(count: int, *keys: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:
     """Positions of the `count` smallest entries by the first key, ties by the next one, and so on; O(n) a key, in no order.
 
     >>> sorted(smallest(2, np.array([3, 1, 1, 1]), np.array([0, 9, 7, 8])).tolist())

@@ -8,11 +8,11 @@ __all__ = ["distinct", "intern"]
 
 
 @jit
-def intern(slots, key, shift, ids, first, size, limit, free, num_free, used, rows, fresh, num_fresh):  # type: ignore[no-untyped-def]
+def intern(slots, key, shift, ids, first, size, limit, free, num_free, used, num_rows, rows, fresh, num_fresh):  # type: ignore[no-untyped-def]
     """Row of each id from position `first` on, a free one or the next unused one for an id the map does not hold.
 
-    rows, fresh: int64 (N,) outputs; `fresh` lists the positions at which an id got its row. Stops where a new id would pass `limit`.
-    Returns (next position, size, num_free, used, num_fresh).
+    rows, fresh: int64 (N,) outputs; `fresh` lists the positions at which an id got its row. Stops where a new id would pass the map's
+    `limit` or the storage's `num_rows`. Returns (next position, size, num_free, used, num_fresh).
     """
     count = ids.shape[0]
     for i in range(first, count):
@@ -20,7 +20,7 @@ def intern(slots, key, shift, ids, first, size, limit, free, num_free, used, row
             prefetch(slots, 2 * home(ids[i + AHEAD], key, shift))
         slot = seek(slots, key, shift, ids[i])
         if slots[slot, 1] == 0:
-            if size >= limit:
+            if size >= limit or (num_free == 0 and used >= num_rows):
                 return i, size, num_free, used, num_fresh
             size += 1
             if num_free:

@@ -31,7 +31,7 @@ BOOK_WORDS = BOOK.itemsize // 8
 
 
 @jit
-def _open(book, rows, ids, now):  # type: ignore[no-untyped-def]
+def _enter(book, rows, ids, now):  # type: ignore[no-untyped-def]
     for i in range(rows.shape[0]):
         entry = book[rows[i]]
         entry.id, entry.last_seen, entry.count = ids[i], now, 0
@@ -101,14 +101,23 @@ class RowStorage:
     def row_bytes(self) -> int:
         return sum(array.row_bytes for array in self._all())
 
-    def ensure(self, new_rows: int) -> None:
-        """Have address space for so many rows more than are in use."""
+    @property
+    def num_rows(self) -> int:
+        """Rows there is address space for."""
+        return min(array.num_rows for array in self._all())
+
+    def ensure(self, num_rows: int) -> None:
+        """Have address space for `num_rows`."""
         for array in self._all():
-            array.ensure(self.used + max(0, new_rows - self.num_free), self.used)
+            array.ensure(num_rows, self.used)
+
+    def enter(self, rows: Ints, ids: Ints, now: int) -> None:
+        """Note which ids rows belong to, as yet without values."""
+        _enter(self._book.rows, rows, ids, now)
 
     def open(self, rows: Ints, ids: Ints, now: int) -> None:
         """Give rows to ids: first values and fresh optimizer state."""
-        _open(self._book.rows, rows, ids, now)
+        self.enter(rows, ids, now)
         for group, array in self._values.items():
             fill_rows(array.rows, rows, ids, self._keys[group], self._std)
             if self._states[group] and self._rule is not None:

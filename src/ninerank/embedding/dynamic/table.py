@@ -95,8 +95,8 @@ class DynamicTable:
         if train:
             with self._lock.writing():
                 assert step is not None
-                self._open_steps.add(step)
                 found = self._admit(raw.reshape(-1), step, tick)
+                self._open_steps.add(step)
         else:
             with self._lock.reading():
                 found = self.ids.find(raw.reshape(-1))
@@ -156,18 +156,20 @@ class DynamicTable:
     def _intern(self, ids: Ints) -> tuple[Ints, Ints]:
         """Rows of ids, which are all to have one, and the positions at which a new id got its row."""
         storage, ids_map = self.storage, self.ids
-        storage.ensure(len(ids))
         rows, fresh = np.empty((2, len(ids)), np.int64)
         done = num_fresh = 0
         while True:
             done, size, storage.num_free, storage.used, num_fresh = intern(
                 ids_map.slots, ids_map.key, ids_map.shift, ids, done, len(ids_map), ids_map.limit,
-                storage.free, storage.num_free, storage.used, rows, fresh, num_fresh,
+                storage.free, storage.num_free, storage.used, storage.num_rows, rows, fresh, num_fresh,
             )  # fmt: skip
             ids_map.resize(size)
             if done == len(ids):
                 return rows, fresh[:num_fresh]
-            ids_map.make_room(done, num_fresh, len(ids))
+            if size >= ids_map.limit:
+                ids_map.make_room(done, num_fresh, len(ids))
+            else:
+                storage.ensure(storage.num_rows + 1)
 
     def _start(self, rows: Ints, ids: Ints, tick: int) -> None:
         self.storage.open(rows, ids, tick)
@@ -203,8 +205,11 @@ class DynamicTable:
         """End step number `step`: counts age, and rows are given up if it is time. Returns how many.
 
         While another step is open (its lookup came ahead) nothing is given up until that one ends. Steps are numbered without gaps.
+        Raises RuntimeError if gradients are left, whose rows might go to other ids: `update` applies them, `zero_grad` drops them.
         """
         tick = self._time(step, now)
+        if any(gradients.pairs() is not None for gradients in self.gradients.values()):
+            raise RuntimeError(f"dynamic table {self.name!r}: step {step} ends with gradients left; call update or zero_grad first")
         with self._lock.writing():
             self._tick = max(self._tick, tick)
             self._open_steps.discard(step)
@@ -234,14 +239,13 @@ class DynamicTable:
     def _choose(self, policy: EvictionConfig) -> Ints:
         if isinstance(policy, Capacity) and len(self) <= policy.max_rows:
             return np.empty(0, np.int64)
-        rows = self.storage.live()
-        book = self.storage.book[rows]
-        last_seen, count = book["last_seen"], book["count"].astype(np.int64)
+        book = self.storage.book
         if isinstance(policy, Capacity):
-            order = (last_seen, count) if policy.by == "lru" else (count, last_seen)
-            return rows[smallest(len(rows) - policy.rows_kept, *order, book["id"])]
-        old = last_seen < self._tick - policy.max_age
-        return rows[old if isinstance(policy, LastSeen) else old & (count < policy.min_count)]
+            rows = self.storage.live()
+            order = ("last_seen", "count") if policy.by == "lru" else ("count", "last_seen")
+            return rows[smallest(len(rows) - policy.rows_kept, *(book[key][rows] for key in (*order, "id")))]
+        old = (book["count"] > 0) & (book["last_seen"] < self._tick - policy.max_age)
+        return np.flatnonzero(old if isinstance(policy, LastSeen) else old & (book["count"] < policy.min_count))
 
     def remove(self, ids: Tensor) -> int:
         """Give up the rows of these ids, as far as they have one; returns how many. Raises RuntimeError in the middle of a step."""
@@ -286,7 +290,7 @@ class DynamicTable:
             self._begin(len(ids))
             self.admission = policy
             rows, _ = self._intern(ids)
-            self._start(rows, ids, 0)
+            self.storage.enter(rows, ids, 0)
             self.storage.scatter(rows, {name: state[name].numpy() for name in columns})
             self._tick = int(state["last_seen"].max()) if len(ids) else 0
             self.generation += 1
