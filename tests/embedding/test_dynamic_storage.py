@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ninerank.embedding.dynamic import reserve
+from ninerank.embedding.dynamic import IdMap, reserve
 from ninerank.embedding.dynamic.reserve import Region, RowArray
 from ninerank.embedding.dynamic.rules import SparseRule
 from ninerank.embedding.dynamic.storage import RowStorage
@@ -76,6 +76,25 @@ def test_a_move_needs_one_block_more_than_the_rows() -> None:
     assert max(peak) - before < 40 << 20
     assert resident_bytes() - before < 24 << 20
     assert (array.rows[: 1 << 21] == 1.0).all()
+
+
+@needs_proc
+def test_a_rehash_needs_no_more_than_the_new_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old slots go as they are copied: at no time are both held in full."""
+    ids = IdMap()
+    ids.put(np.arange(3_000_000), np.arange(1, 3_000_001))
+    assert ids.num_bytes == 64 << 20
+    before, peak, release = resident_bytes(), [], Region.release
+
+    def measured(region: Region, first: int, stop: int) -> None:
+        peak.append(resident_bytes())
+        release(region, first, stop)
+
+    monkeypatch.setattr(Region, "release", measured)
+    ids.grow()
+    assert ids.num_bytes == 128 << 20
+    assert max(peak) - before < 100 << 20  # 64 MiB more are held in the end, both together would be 128 MiB more
+    assert ids.find(np.array([0, 2_999_999, 3_000_000])).tolist() == [1, 3_000_000, 0]
 
 
 def test_a_refused_reservation_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
