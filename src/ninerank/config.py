@@ -85,8 +85,8 @@ def _explain_one(model: type[BaseModel], item: Mapping[str, Any], what: str) -> 
         return f"{'.'.join(place[:-1])}: unknown key {place[-1]!r}; {nearest(place[-1], _keys_at(model, item['loc'][:-1]))}"
     if item["type"] == "missing":
         return f"{'.'.join(place[:-1])}: key {place[-1]!r} is missing"
-    value = repr(item["input"])
-    return f"{'.'.join(place)}: {item['msg']} (value {value if len(value) <= 80 else value[:77] + '...'})"
+    value, message = repr(item["input"]), item["msg"].removeprefix("Value error, ")
+    return f"{'.'.join(place)}: {message} (value {value if len(value) <= 80 else value[:77] + '...'})"
 
 
 def _keys_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:

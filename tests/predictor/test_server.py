@@ -493,7 +493,8 @@ def test_logged_requests_get_exactly_their_scores_again(
         assert np.array_equal(again, request.scores_NT)
         assert np.array_equal(again[:, 0], results[request_id].scores)
     assert logged["ids"].candidate_ids.to_pylist() == ["i1", "nobody", "i7"]
-    assert logged["inline-0"].candidate_ids is None
+    inline = logged["inline-0"]
+    assert inline.candidate_ids.to_pylist() == inline.input.items.column(own.server.cache.key).to_pylist()
 
 
 def test_a_port_in_use_is_named(served: Served, bundle_dir: Path) -> None:

@@ -18,7 +18,7 @@ from ninerank.errors import NinerankError
 
 # verb -> what `ninerank --help` says of it; the module is ninerank.cli.<verb>, with `run` (a command) or `app` (sub-commands).
 VERBS = {
-    "features": "Fit, describe and check a feature spec; print its JSON Schema; draw a synthetic log with a known best AUC.",
+    "features": "Fit, show and check a feature spec; print its JSON Schema; draw a synthetic log with a known best AUC.",
     "train": "Train a recipe: checkpoints, history, metrics and the best weights go into a run directory.",
     "export": "Write a trained run as a bundle: spec, dense graph, tables, golden rows with their scores, checksums.",
     "serve": "Serve a bundle over gRPC until SIGTERM or Ctrl-C, then finish what is under way.",

@@ -100,7 +100,7 @@ class PredictorClient:
         try:
             response: pb.RankResponse = self._stub.Rank(request, timeout=timeout_s)
         except grpc.RpcError as error:
-            raise _explain(error, self.target) from None
+            raise _explain(error, self.target, timeout_s) from None
         return _result(response)
 
     def close(self) -> None:
@@ -184,8 +184,10 @@ def _result(response: pb.RankResponse) -> RankResult:
     )
 
 
-def _explain(error: grpc.RpcError, target: str) -> NinerankError:
+def _explain(error: grpc.RpcError, target: str, timeout_s: float) -> NinerankError:
     status, details = error.code(), error.details() or ""
+    if status is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineError(f"no answer from {target} within {timeout_s * 1000:g} ms ({details}); give a longer timeout_ms")
     if status is grpc.StatusCode.UNAVAILABLE:
         return NinerankError(f"no server answers at {target} ({details})")
     return _ERRORS.get(status, NinerankError)(details or status.name)

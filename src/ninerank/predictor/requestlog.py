@@ -55,7 +55,10 @@ class LogConfig(Config):
 
 @dataclass(frozen=True)
 class LoggedRequest:
-    """One request with what it was answered. candidate_ids: None where the request sent none. time_us: Unix time, microseconds."""
+    """One request with what it was answered. time_us: Unix time, microseconds.
+
+    candidate_ids: as sent, else the column of item ids that came inline, else None.
+    """
 
     request_id: str
     time_us: int

@@ -118,13 +118,15 @@ class PredictorServer:
         metrics = None
         host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host  # IPv6
         address = f"{host}:{self.config.port}"
+        wanted = f"metrics port {self.config.metrics_port} of {host}"
         try:
             if self.config.metrics_port is not None:
                 metrics = self.telemetry.listen(self.config.host, self.config.metrics_port)
+            wanted = address
             port = self._server.add_insecure_port(address)
         except (OSError, RuntimeError) as error:
             self.stop(0)
-            raise DeviceError(f"cannot listen on {address} or its metrics port {self.config.metrics_port}: {error}") from None
+            raise DeviceError(f"cannot listen on {wanted}: it is in use or no address of this machine; port 0 takes a free one") from error
         self._server.start()
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
         return Ports(port, metrics)

@@ -104,7 +104,7 @@ class RankService:
         response.defaults.item_columns.extend(item_missing)
         response.defaults.unknown_candidates.extend(unknown)
         if self._log is not None:
-            self._write_log(call, ids, rank_input, output)
+            self._write_log(call, given.get(self._item_key or "") if ids is None else ids, rank_input, output)
         times_us = {
             "queue": (started_ns - call.arrived_ns) // 1000,
             "decode": (decoded_ns - started_ns) // 1000,
