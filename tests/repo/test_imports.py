@@ -20,10 +20,11 @@ SPEAKERS = ("ninerank.predictor", "ninerank.proto", "ninerank.evaluation", "nine
 
 
 def all_modules() -> list[str]:
+    """Every module but the adapters, which are named after the one optional package that they are there to import."""
     names = []
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-        if parts[-1] != "__main__":
+        if parts[-1] not in {"__main__", *OPTIONAL}:
             names.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
     return names
 
