@@ -85,7 +85,8 @@ def compare(result: Result, count: int, rounds: int) -> None:
 def zipf_ranks(rng: np.random.Generator, count: int) -> Ints:
     """A batch of ranks below `count`, rank r with a probability that falls as (r + 1)^-1.05."""
     cumulative = np.cumsum(np.arange(1, count + 1) ** -1.05)
-    return np.searchsorted(cumulative, rng.random(BATCH) * cumulative[-1])
+    ranks: Ints = np.searchsorted(cumulative, rng.random(BATCH) * cumulative[-1])
+    return ranks
 
 
 def step_batches(ids: Ints, news: Ints, count: int) -> list[Ints]:
