@@ -19,7 +19,6 @@ import numpy.typing as npt
 from ninerank.embedding.dynamic.native import AHEAD, mix64, prefetch
 from ninerank.embedding.dynamic.reserve import Region
 from ninerank.features.native import jit
-from ninerank.fusion.kernels import threads
 
 __all__ = ["IdMap", "Ints", "home", "seek"]
 
@@ -30,8 +29,6 @@ MAX_LOAD = 0.75
 SLOT_BYTES = 16
 REHASH_SLOTS = 1 << 20
 LEAST_SAMPLE = 4096
-# Numbers read and written that one id's probe takes as long as, for the choice of threads.
-WORK_PER_ID = 8
 
 
 @jit
@@ -51,12 +48,12 @@ def seek(slots, key, shift, word):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _find(thread, num_threads, slots, key, shift, ids, out):  # type: ignore[no-untyped-def]
-    first, stop = thread * ids.shape[0] // num_threads, (thread + 1) * ids.shape[0] // num_threads
-    for i in range(first, min(first + AHEAD, stop)):
+def _find(slots, key, shift, ids, out):  # type: ignore[no-untyped-def]
+    count = ids.shape[0]
+    for i in range(min(AHEAD, count)):
         prefetch(slots, 2 * home(ids[i], key, shift))
-    for i in range(first, stop):
-        if i + AHEAD < stop:
+    for i in range(count):
+        if i + AHEAD < count:
             prefetch(slots, 2 * home(ids[i + AHEAD], key, shift))
         out[i] = slots[seek(slots, key, shift, ids[i]), 1]
 
@@ -179,7 +176,7 @@ class IdMap:
     def find(self, ids: Ints) -> Ints:
         """Value of each id, 0 where there is none."""
         out = np.empty(len(ids), np.int64)
-        threads.run(_find, threads.num_threads_for(len(ids) * WORK_PER_ID), self.slots, self.key, self.shift, ids, out)
+        _find(self.slots, self.key, self.shift, ids, out)
         return out
 
     def put(self, ids: Ints, values: Ints) -> None:

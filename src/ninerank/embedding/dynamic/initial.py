@@ -14,14 +14,11 @@ import numpy.typing as npt
 
 from ninerank.embedding.dynamic.native import stream, stream_key
 from ninerank.features.native import jit
-from ninerank.fusion.kernels import threads
 
 __all__ = ["fill_rows", "initial_key", "initial_values"]
 
 S12 = np.uint64(12)
 ONE = np.uint64(1)
-# Numbers read and written that one value takes as long as, for the choice of threads.
-WORK_PER_VALUE = 8
 LN2 = 0.6931471805599453
 SQRT_HALF = 0.7071067811865476
 CENTRE, CENTRE_SQUARED = 0.425, 0.180625
@@ -63,19 +60,12 @@ def _normal(word):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _fill(thread, num_threads, values_VD, rows, ids, key, std):  # type: ignore[no-untyped-def]
-    for i in range(thread * rows.shape[0] // num_threads, (thread + 1) * rows.shape[0] // num_threads):
+def fill_rows(values_VD, rows, ids, key, std):  # type: ignore[no-untyped-def]
+    """Write the first values (float32) of each id into its row."""
+    for i in range(rows.shape[0]):
         row, word = rows[i], np.uint64(ids[i])
         for d in range(values_VD.shape[1]):
             values_VD[row, d] = np.float32(_normal(stream(key, word, d))) * std
-
-
-def fill_rows(
-    values_VD: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], ids: npt.NDArray[np.int64], key: np.uint64, std: np.float32
-) -> None:
-    """Write the first values of each id into its row."""
-    num_threads = threads.num_threads_for(len(rows) * values_VD.shape[1] * WORK_PER_VALUE)
-    threads.run(_fill, num_threads, values_VD, rows, ids, key, std)
 
 
 def initial_key(seed: int, group: str, table: str) -> np.uint64:
