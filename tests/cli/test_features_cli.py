@@ -114,10 +114,21 @@ def test_show_as_json(ninerank: Ninerank, spec: Path, log: Path, tmp_path: Path)
     shown = json.loads(ninerank("show", tmp_path / "fitted.json", "--json").out)
     assert shown["fitted"] is True
     assert shown["digest"] == FeatureSpec.load(tmp_path / "fitted.json").digest
-    assert shown["tables"] == {"user": {"num_rows": 3, "features": ["user"]}, "item": {"num_rows": 3, "features": ["seen", "item"]}}
+    assert shown["tables"] == {
+        "user": {"num_rows": 3, "dynamic": False, "features": ["user"]},
+        "item": {"num_rows": 3, "dynamic": False, "features": ["seen", "item"]},
+    }
     assert list(shown["features"]) == ["user", "seen", "item", "price"]
     unfitted = json.loads(ninerank("show", spec, "--json").out)
     assert (unfitted["fitted"], unfitted["tables"]) == (False, None)
+
+
+def test_a_dynamic_table_is_shown_as_one(ninerank: Ninerank, tmp_path: Path) -> None:
+    (tmp_path / "spec.yaml").write_text("labels: [y]\nfeatures:\n- {name: a, kind: id, role: user, encoding: {kind: dynamic}}\n")
+    done = ninerank("show", tmp_path / "spec.yaml")
+    assert (done.code, done.out.count("dynamic"), "not fitted" in done.out) == (0, 2, False)
+    shown = json.loads(ninerank("show", tmp_path / "spec.yaml", "--json").out)
+    assert shown["tables"] == {"a": {"num_rows": 0, "dynamic": True, "features": ["a"]}}
 
 
 def test_schema_is_that_of_the_spec(ninerank: Ninerank) -> None:

@@ -101,6 +101,13 @@ def test_what_a_spec_states_is_kept() -> None:
     assert fit(spec, [pa.record_batch({"other": [1]})]) == spec
 
 
+def test_a_dynamic_feature_has_nothing_to_fit() -> None:
+    own = {**city(), "encoding": {"kind": "dynamic"}}
+    assert spec_of(own).is_fitted
+    spec = spec_of(own, number({"kind": "standardise"}))
+    assert fit(spec, [pa.record_batch({"x": [1.0]})]).features[0] == spec.features[0]
+
+
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=60))
 def test_moments_agree_with_numpy(values: list[float]) -> None:
     mean, std = moments(fit(spec_of(number({"kind": "standardise"})), [pa.record_batch({"x": pa.array([*values, None], pa.float64())})]))

@@ -7,7 +7,7 @@ import pytest
 
 from ninerank.errors import DataError
 from ninerank.features.profile import Profile
-from ninerank.features.spec import FeatureSpec
+from ninerank.features.spec import MISSING_ID, FeatureSpec
 
 KNOWN: dict[str, Any] = {"kind": "vocabulary", "values": ["a", "b"]}
 SPEC = FeatureSpec.parse(
@@ -48,6 +48,18 @@ def test_counts_do_not_depend_on_batches(size: int) -> None:
     assert features["item"]["unknown_share"] == features["tags"]["unknown_share"] == pytest.approx(1 / 3)
     assert (features["price"]["min"], features["price"]["max"]) == (-2.0, 4.0)
     assert features["tags"]["mean_length"] == 0.75
+
+
+def test_a_dynamic_feature_knows_all_ids_but_the_one_that_says_missing() -> None:
+    encoding = {"kind": "dynamic"}
+    features = [
+        {"kind": "id", "name": "a", "role": "user", "dtype": "int64", "encoding": encoding},
+        {"kind": "id", "name": "b", "role": "user", "encoding": encoding},
+    ]
+    profile = Profile(FeatureSpec.parse({"labels": ["click"], "features": features}, "spec"))
+    profile.update(pa.record_batch({"click": [1, 0, 1, 0], "a": [1, None, MISSING_ID, -1], "b": ["x", "", None, "y"]}))
+    for own in profile.as_dict()["features"].values():
+        assert (own["missing_share"], own["unknown_share"]) == (0.5, None)
 
 
 def test_no_rows_make_a_profile_without_ranges() -> None:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from ninerank.errors import SpecError
-from ninerank.features.spec import FeatureSpec, IdFeature, SequenceFeature, TableSpec
+from ninerank.features.spec import MISSING_ID, FeatureSpec, IdFeature, SequenceFeature, TableSpec
 
 DOCUMENT: dict[str, Any] = {
     "labels": ["click", "buy"],
@@ -166,6 +166,45 @@ def test_row_counts() -> None:
     assert small(encoding={"kind": "hashed", "num_buckets": 5}).tables["user"].num_rows == 6
     assert small(encoding={"kind": "vocabulary", "values": []}).tables["user"].num_rows == 1
     assert small(kind="numeric", transform={"kind": "bucketize", "boundaries": []}).tables["user"].num_rows == 2
+
+
+def test_a_dynamic_table_has_no_rows_and_is_fitted() -> None:
+    own = {"role": "item", "encoding": {"kind": "dynamic", "seed": 5}}
+    features = [
+        {"kind": "id", "name": "item", **own},
+        {"kind": "id", "name": "related", "table": "item", "multi": True, **own},
+        {"kind": "sequence", "name": "seen", "role": "user", "of": "item"},
+        {"kind": "id", "name": "shop", "role": "item", "encoding": {"kind": "hashed", "num_buckets": 3}},
+    ]
+    spec = FeatureSpec.parse({"labels": ["click"], "features": features}, "spec")
+    assert spec.is_fitted
+    assert spec.tables == {
+        "item": TableSpec("item", 0, ("item", "related", "seen"), is_dynamic=True),
+        "shop": TableSpec("shop", 4, ("shop",), is_dynamic=False),
+    }
+    assert FeatureSpec.parse(json.loads(spec.canonical_json()), "again") == spec
+
+
+def test_a_dynamic_feature_shares_rows_with_its_like_alone() -> None:
+    own = {"kind": "id", "role": "item", "table": "ids", "encoding": {"kind": "dynamic"}}
+    for other in ({"dtype": "int64"}, {"encoding": {"kind": "dynamic", "seed": 1}}, {"encoding": {"kind": "hashed", "num_buckets": 9}}):
+        with pytest.raises(SpecError, match="share table 'ids' but not dtype and encoding"):
+            FeatureSpec.parse({"labels": ["click"], "features": [{**own, "name": "a"}, {**own, "name": "b", **other}]}, "spec")
+
+
+@pytest.mark.parametrize(
+    ("feature", "said"),
+    [
+        ({"dtype": "int64", "encoding": {"kind": "dynamic", "seed": 1}}, "seed 1 is for the hash of strings"),
+        ({"dtype": "int64", "encoding": {"kind": "dynamic"}, "default": MISSING_ID}, "-9223372036854775808 stands for missing"),
+        ({"encoding": {"kind": "dynamic"}, "default": 5}, "5 is not a string id"),
+        ({"encoding": {"kind": "dynamic", "num_buckets": 5}}, "unknown key 'num_buckets'"),
+        ({"encoding": {"kind": "dynamic", "seed": -1}}, "seed"),
+    ],
+)
+def test_a_wrong_dynamic_feature_is_refused(feature: dict[str, Any], said: str) -> None:
+    with pytest.raises(SpecError, match=said):
+        small(**feature)
 
 
 def test_tables_need_a_fitted_spec() -> None:

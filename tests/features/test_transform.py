@@ -19,12 +19,13 @@ from hypothesis import strategies as st
 from ninerank.errors import DataError, SpecError
 from ninerank.features.batch import Batch, Block
 from ninerank.features.columns import arrow_schema
-from ninerank.features.hashing import hash_bytes, hash_strings
+from ninerank.features.hashing import P1, P2, P3, P4, P5, hash_bytes, hash_strings
 from ninerank.features.kernels import log1p
-from ninerank.features.spec import FeatureSpec
+from ninerank.features.spec import MISSING_ID, FeatureSpec
 from ninerank.features.transform import Transform
 
 HASHED = {"kind": "hashed", "num_buckets": 1000, "seed": 3}
+DYNAMIC = {"kind": "dynamic"}
 INTS = {"kind": "vocabulary", "values": [7, -5, 0, 9_007_199_254_740_993]}
 STRINGS = {"kind": "vocabulary", "values": ["é", "b", "7", "a long id of more than thirty-two bytes"]}
 FEATURES: list[dict[str, Any]] = [
@@ -33,11 +34,17 @@ FEATURES: list[dict[str, Any]] = [
     {"kind": "id", "name": "likes", "role": "user", "multi": True, "max_length": 3, "encoding": HASHED},
     {"kind": "sequence", "name": "seen", "role": "user", "of": "item", "max_length": 2},
     {"kind": "sequence", "name": "numbers", "role": "context", "of": "code"},
+    {"kind": "id", "name": "friends", "role": "user", "multi": True, "max_length": 2, "encoding": {"kind": "dynamic", "seed": 3}},
+    {"kind": "sequence", "name": "viewed", "role": "user", "of": "shop", "max_length": 3},
     {"kind": "numeric", "name": "age", "role": "user", "transform": {"kind": "standardise", "mean": 31.25, "std": 7.3}},
     {"kind": "numeric", "name": "spend", "role": "context", "transform": {"kind": "log"}, "default": 3.0},
     {"kind": "id", "name": "item", "role": "item", "encoding": STRINGS},
     {"kind": "id", "name": "code", "role": "item", "dtype": "int64", "encoding": HASHED},
     {"kind": "id", "name": "tags", "role": "item", "multi": True, "dtype": "int64", "encoding": INTS, "default": 7},
+    {"kind": "id", "name": "shop", "role": "item", "dtype": "int64", "encoding": DYNAMIC},
+    {"kind": "id", "name": "brand", "role": "item", "encoding": DYNAMIC, "default": "none"},
+    {"kind": "id", "name": "offers", "role": "item", "multi": True, "dtype": "int64", "encoding": DYNAMIC, "max_length": 3},
+    {"kind": "id", "name": "parts", "role": "item", "multi": True, "dtype": "int64", "encoding": DYNAMIC, "default": -3},
     {"kind": "numeric", "name": "price", "role": "item"},
     {
         "kind": "numeric",
@@ -51,7 +58,7 @@ SPEC = FeatureSpec.parse({"labels": ["click"], "weight": "weight", "group": "ses
 TRANSFORM = Transform(SPEC)
 
 texts = st.one_of(st.none(), st.sampled_from(["", *STRINGS["values"]]), st.text(max_size=40))
-integers = st.one_of(st.none(), st.sampled_from(INTS["values"]), st.integers(-(1 << 63), (1 << 63) - 1))
+integers = st.one_of(st.none(), st.sampled_from([*INTS["values"], MISSING_ID, 1 - (1 << 63), -1]), st.integers(-(1 << 63), (1 << 63) - 1))
 floats = st.one_of(st.none(), st.sampled_from([0.0, -0.0, -1.0, 9.5, 5e-324, 1e-9]), st.floats(-1e37, 1e37))
 
 
@@ -65,11 +72,17 @@ STRATEGIES = {
     "likes": bags(texts),
     "seen": bags(texts),
     "numbers": bags(integers),
+    "friends": bags(texts),
+    "viewed": bags(integers),
     "age": floats,
     "spend": floats,
     "item": texts,
     "code": integers,
     "tags": bags(integers),
+    "shop": integers,
+    "brand": texts,
+    "offers": bags(integers),
+    "parts": bags(integers),
     "price": floats,
 }
 rows_of_log = st.fixed_dictionaries(STRATEGIES)
@@ -147,6 +160,18 @@ def of_known(values: list[Any], missing: int = 0) -> Callable[[Any], int]:
     return lambda value: missing if value is None else known.get(value, 0)
 
 
+def raw_text(value: str | None, seed: int = 0, missing: int = MISSING_ID) -> int:
+    return int.from_bytes(hash_bytes(value.encode(), seed).to_bytes(8, "little"), "little", signed=True) if value else missing
+
+
+def raw_int(value: int | None, missing: int = MISSING_ID) -> int:
+    return missing if value is None or value == MISSING_ID else value
+
+
+def present(ids: list[int], longest: int) -> list[int]:
+    return [own for own in ids if own != MISSING_ID][:longest]
+
+
 @given(rows_of_log)
 def test_ids_agree_with_a_scalar_reference(row: dict[str, Any]) -> None:
     batch = TRANSFORM.batch(table([row]))
@@ -157,12 +182,18 @@ def test_ids_agree_with_a_scalar_reference(row: dict[str, Any]) -> None:
         "likes": [[of_text(value) for value in (row["likes"] or [])[:3]]],
         "seen": [[item_row(value) for value in (row["seen"] or [])[-2:]]],
         "numbers": [[of_int(value) for value in row["numbers"] or []]],
+        "friends": [present([raw_text(value, 3) for value in row["friends"] or []], 2)],
+        "viewed": [[raw_int(value) for value in (row["viewed"] or [])[-3:]]],
     }
     price = row["price"]
     assert ids_of(batch.item) == {
         "item": [[item_row(row["item"])]],
         "code": [[of_int(row["code"])]],
         "tags": [[tag_row(value) for value in row["tags"] or [7]]],
+        "shop": [[raw_int(row["shop"])]],
+        "brand": [[raw_text(row["brand"], missing=raw_text("none"))]],
+        "offers": [present([raw_int(value) for value in row["offers"] or []], 3)],
+        "parts": [[raw_int(value, -3) for value in row["parts"] or [-3]]],
         "shelf": [[0 if price is None else 1 + sum(boundary <= price for boundary in (-1.0, 0.0, 9.5))]],
     }
 
@@ -250,6 +281,12 @@ GOOD: dict[str, list[Any]] = {
     "item": ["b", "é", "7"],
     "code": [1, 2, 3],
     "tags": [[7], [], None],
+    "friends": [["bob"], [], None],
+    "viewed": [[5], None, [6, 7]],
+    "shop": [5, None, -6],
+    "brand": ["b", None, "c"],
+    "offers": [[1 << 62], [], None],
+    "parts": [[1], [], None],
     "price": [1.0, 2.0, None],
     "click": [0.0, 1.0, 1.0],
     "weight": [1.0, 0.0, 2.5],
@@ -392,6 +429,43 @@ def test_wrong_request_rows_are_refused() -> None:
     for wrong in ([0, 1, 3], [-1, 0, 1]):
         with pytest.raises(DataError, match="request rows are 0 .. 2"):
             TRANSFORM.request(rows, rows, np.array(wrong))
+
+
+def test_a_default_of_a_dynamic_feature_may_be_any_other_id() -> None:
+    for default in (0, -1, MISSING_ID + 1, (1 << 63) - 1):
+        for multi in (False, True):
+            encoding = {"kind": "dynamic"}
+            own = {"kind": "id", "name": "a", "role": "user", "dtype": "int64", "encoding": encoding, "multi": multi, "default": default}
+            batch = Transform(FeatureSpec.parse({"labels": ["click"], "features": [own]}, "spec")).batch(
+                pa.record_batch({"a": pa.array([[None], [MISSING_ID]] if multi else [None, MISSING_ID])})
+            )
+            assert ids_of(batch.request)["a"] == [[default], [default]]
+
+
+def test_dynamic_strings_never_collide_with_missing() -> None:
+    text = "features"
+    seed = _seed_of(text, 1 << 63)
+    assert hash_bytes(text.encode(), seed) == 1 << 63
+    own = {"kind": "id", "name": "a", "role": "user", "encoding": {"kind": "dynamic", "seed": seed}}
+    spec = {"labels": ["click"], "features": [own, {**own, "name": "b", "multi": True}]}
+    rows = pa.record_batch({"a": [text], "b": [["", text, None]]})
+    assert ids_of(Transform(FeatureSpec.parse(spec, "spec")).batch(rows).request) == {"a": [[MISSING_ID + 1]], "b": [[MISSING_ID + 1]]}
+
+
+def _seed_of(text: str, wanted: int) -> int:
+    """The seed with which the XXH64 of eight bytes of text is `wanted`: every step of the hash can be undone."""
+    p1, p2, p3, p4, p5 = (int(p) for p in (P1, P2, P3, P4, P5))
+    word, modulus = int.from_bytes(text.encode(), "little"), 1 << 64
+    h = wanted ^ (wanted >> 32)
+    h = h * pow(p3, -1, modulus) % modulus
+    h ^= (h >> 29) ^ (h >> 58)
+    h = h * pow(p2, -1, modulus) % modulus
+    h ^= h >> 33
+    h = (h - p4) * pow(p1, -1, modulus) % modulus
+    h = ((h >> 27) | (h << 37)) % modulus
+    lane = word * p2 % modulus
+    lane = ((lane << 31) | (lane >> 33)) % modulus * p1 % modulus
+    return ((h ^ lane) - 8 - p5) % modulus
 
 
 def test_no_rows_give_an_empty_batch() -> None:

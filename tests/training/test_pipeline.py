@@ -137,10 +137,10 @@ def test_packing_and_taking_all_rows_gives_the_batches_back(data):
     batches = []
     for rows in data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=4)):
         lengths = st.lists(st.integers(0, 3), min_size=2 * rows, max_size=2 * rows)
-        big = data.draw(st.sampled_from([0, 2**31 + 5]))
+        first_id = data.draw(st.sampled_from([0, 2**31 + 5, -(2**63), -(2**31) - 1, -3]))
         blocks = [
             Block(
-                KeyedJagged(("a", "b"), torch.arange(2 * rows) + big, None, rows),
+                KeyedJagged(("a", "b"), torch.arange(2 * rows) + first_id, None, rows),
                 jagged(("c", "d"), data.draw(lengths), 7),
                 KeyedJagged((), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64), rows),
                 torch.arange(rows * 2, dtype=torch.float32).view(rows, 2),

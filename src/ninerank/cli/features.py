@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from ninerank.features.reader import Reader
-    from ninerank.features.spec import FeatureSpec
+    from ninerank.features.spec import FeatureSpec, TableSpec
 
 app = typer.Typer()
 
@@ -178,9 +178,17 @@ def _description(spec: "FeatureSpec") -> dict[str, Any]:
             own |= {"fitted": feature.is_fitted}
             own |= {"transform": feature.transform.kind} if isinstance(feature, NumericFeature) else {"encoding": feature.encoding.kind}
         features[feature.name] = own
-    tables = {name: {"num_rows": t.num_rows, "features": list(t.features)} for name, t in spec.tables.items()} if spec.is_fitted else None
+    tables = {name: _table(table) for name, table in spec.tables.items()} if spec.is_fitted else None
     answers = {"labels": list(spec.labels), "weight": spec.weight, "group": spec.group}
     return {"digest": spec.digest, "fitted": spec.is_fitted, **answers, "features": features, "tables": tables}
+
+
+def _table(table: "TableSpec") -> dict[str, Any]:
+    return {"num_rows": table.num_rows, "dynamic": table.is_dynamic, "features": list(table.features)}
+
+
+def _size(table: dict[str, Any]) -> str:
+    return "dynamic" if table["dynamic"] else f"{table['num_rows']:,}"
 
 
 def _print_spec(spec: "FeatureSpec") -> None:
@@ -194,7 +202,7 @@ def _print_spec(spec: "FeatureSpec") -> None:
         table.add_column(heading, justify="right" if heading == "rows" else "left")
     for name, own in found["features"].items():
         into = spec.table_of(name)
-        rows = "" if into is None else f"{found['tables'][into]['num_rows']:,}" if found["tables"] else "not fitted"
+        rows = "" if into is None else _size(found["tables"][into]) if found["tables"] else "not fitted"
         what = own.get("encoding") or own.get("transform") or f"last {own['max_length']} of {own['of']}"
         table.add_row(name, own["role"], own["kind"], own["column"], what, into or "", rows)
     console = output()

@@ -1,6 +1,6 @@
 """The transform's inner loops: one call for all features of a block, driven by a table of jobs.
 
-A job is one row of int64s (columns below): where the values lie and how they become rows of a table or float32 numbers.
+A job is one row of int64s (columns below): where the values lie and how they become rows of a table, raw ids or float32 numbers.
 Shape legend: F jobs, R rows. Elements are taken one by one with the same scalar code whatever the batch, without fast maths,
 so that a row's result depends on that row alone, bit for bit.
 """
@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 
+from ninerank.features.encoding import MISSING_ID
 from ninerank.features.hashing import xxh64, xxh64_int
 from ninerank.features.native import jit, load_f64, load_i32, load_i64, load_u8
 from ninerank.features.vocabulary import find_int, find_string
@@ -22,6 +23,7 @@ __all__ = [
     "NUM_DYNAMIC",
     "NUMBER",
     "RAW",
+    "RAW_ID",
     "STANDARDISE",
     "STRING",
     "VOCABULARY",
@@ -35,12 +37,13 @@ __all__ = [
 DATA, OFFSETS, VALID, START, LIST_OFFSETS, LIST_VALID, LIST_START = range(7)
 NUM_DYNAMIC = 7
 # What becomes of them: fixed when the spec is compiled.
-TYPE, METHOD, MISSING, SIZE, SEED, SLOTS, MASK, MAX_LENGTH, KEEP_LAST = range(NUM_DYNAMIC, NUM_DYNAMIC + 9)
-JOB_WIDTH = NUM_DYNAMIC + 9
+TYPE, METHOD, MISSING, SIZE, SEED, SLOTS, MASK, MAX_LENGTH, KEEP_LAST, HAS_DEFAULT = range(NUM_DYNAMIC, NUM_DYNAMIC + 10)
+JOB_WIDTH = NUM_DYNAMIC + 10
 STRING, INT64, NUMBER = 0, 1, 2
 # One column holds either kind of method, so all numbers differ.
 HASH, VOCABULARY, BUCKETS = 0, 1, 2
 RAW, LOG, STANDARDISE = 3, 4, 5
+RAW_ID = 6
 
 LN2_HIGH, LN2_LOW = 0.693147180369123816490, 1.90821492927058770002e-10
 SQRT_HALF = 0.70710678118654752440
@@ -53,12 +56,62 @@ def _is_null(bitmap, i):  # type: ignore[no-untyped-def]
 
 
 @jit
+def _raw_id(job, i):  # type: ignore[no-untyped-def]
+    """The 64-bit id of value `i`, MISSING_ID where there is none; a string whose hash is MISSING_ID takes the next number."""
+    if _is_null(job[VALID], i):
+        return np.int64(MISSING_ID)
+    if job[TYPE] == INT64:
+        return load_i64(job[DATA] + 8 * i)
+    place = job[OFFSETS] + 4 * i
+    start = np.int64(load_i32(place))
+    size = np.int64(load_i32(place + 4)) - start
+    if size == 0:
+        return np.int64(MISSING_ID)
+    return max(np.int64(xxh64(job[DATA] + start, size, np.uint64(job[SEED]))), np.int64(MISSING_ID + 1))
+
+
+@jit
+def _leaves_out(job):  # type: ignore[no-untyped-def]
+    """Whether the feature is a bag of raw ids, in which what is missing has no place."""
+    return job[METHOD] == RAW_ID and job[KEEP_LAST] == 0 and job[HAS_DEFAULT] == 0
+
+
+@jit
+def _num_present(job, begin, end):  # type: ignore[no-untyped-def]
+    """How many of the values begin .. end are an id."""
+    count = np.int64(0)
+    for i in range(job[START] + begin, job[START] + end):
+        if _is_null(job[VALID], i):
+            continue
+        if job[TYPE] == INT64:
+            count += load_i64(job[DATA] + 8 * i) != MISSING_ID
+        else:
+            place = job[OFFSETS] + 4 * i
+            count += load_i32(place) != load_i32(place + 4)
+    return count
+
+
+@jit
+def _fill_present(job, begin, count, out, at):  # type: ignore[no-untyped-def]
+    """The first `count` ids that are there from value `begin` on, into out[at:]."""
+    i, stop = job[START] + begin, at + count
+    while at < stop:
+        out[at] = _raw_id(job, i)
+        at += out[at] != MISSING_ID
+        i += 1
+
+
+@jit
 def _encode(job, begin, count, out, at):  # type: ignore[no-untyped-def]
     """Rows of values begin .. begin + count into out[at:]; index of the first number that is not finite, or -1."""
     data, offsets, valid, missing = job[DATA], job[OFFSETS], job[VALID], job[MISSING]
     slots, mask = job[SLOTS], job[MASK]
     first = job[START] + begin
-    if job[TYPE] == STRING:
+    if job[METHOD] == RAW_ID:
+        for i in range(count):
+            own = _raw_id(job, first + i)
+            out[at + i] = missing if own == MISSING_ID else own
+    elif job[TYPE] == STRING:
         if job[METHOD] == HASH:
             seed, buckets = np.uint64(job[SEED]), np.uint64(job[SIZE])
             for i in range(count):
@@ -114,7 +167,7 @@ def _encode(job, begin, count, out, at):  # type: ignore[no-untyped-def]
 
 @jit
 def fill_single(jobs, num_rows, out):  # type: ignore[no-untyped-def]
-    """out[f * R + r] = table row of feature f in row r; returns f * R + r of the first number that is not finite, or -1."""
+    """out[f * R + r] = table row or raw id of feature f in row r; returns f * R + r of the first number that is not finite, or -1."""
     for f in range(jobs.shape[0]):
         bad = _encode(jobs[f], 0, num_rows, out, f * num_rows)
         if bad >= 0:
@@ -132,8 +185,9 @@ def bag_lengths(jobs, num_rows, out):  # type: ignore[no-untyped-def]
             size = np.int64(0)
             if not _is_null(valid, start + r):
                 place = offsets + 4 * (start + r)
-                size = min(np.int64(load_i32(place + 4)) - np.int64(load_i32(place)), longest)
-            if size == 0 and jobs[f, MISSING] > 0 and jobs[f, KEEP_LAST] == 0:
+                begin, end = np.int64(load_i32(place)), np.int64(load_i32(place + 4))
+                size = min(_num_present(jobs[f], begin, end) if _leaves_out(jobs[f]) else end - begin, longest)
+            if size == 0 and jobs[f, HAS_DEFAULT] and jobs[f, KEEP_LAST] == 0:
                 size = np.int64(1)
             out[f * num_rows + r] = size
             total += size
@@ -142,7 +196,7 @@ def bag_lengths(jobs, num_rows, out):  # type: ignore[no-untyped-def]
 
 @jit
 def fill_bags(jobs, num_rows, lengths, out):  # type: ignore[no-untyped-def]
-    """Table rows of all ids, feature by feature and row by row, `lengths` as `bag_lengths` gave them."""
+    """Table rows, or raw ids, of all ids, feature by feature and row by row, `lengths` as `bag_lengths` gave them."""
     at = 0
     for f in range(jobs.shape[0]):
         offsets, valid, start = jobs[f, LIST_OFFSETS], jobs[f, LIST_VALID], jobs[f, LIST_START]
@@ -154,6 +208,8 @@ def fill_bags(jobs, num_rows, lengths, out):  # type: ignore[no-untyped-def]
             end = np.int64(load_i32(offsets + 4 * (start + r) + 4))
             if begin == end or _is_null(valid, start + r):
                 out[at] = jobs[f, MISSING]
+            elif _leaves_out(jobs[f]):
+                _fill_present(jobs[f], begin, size, out, at)
             else:
                 _encode(jobs[f], end - size if jobs[f, KEEP_LAST] else begin, size, out, at)
             at += size

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ninerank.features.columns import arrow_type, column_of, conform
-from ninerank.features.spec import Feature, FeatureSpec, IdFeature, NumericFeature, SequenceFeature
+from ninerank.features.spec import MISSING_ID, Feature, FeatureSpec, IdFeature, NumericFeature, SequenceFeature
 
 __all__ = ["Profile"]
 
@@ -51,12 +51,15 @@ class _Column:
         if isinstance(source, IdFeature) and source.encoding.kind == "vocabulary" and source.encoding.values is not None:
             self.known = pa.array(source.encoding.values, pa.string() if source.dtype == "string" else pa.int64())
         self.is_number = isinstance(source, NumericFeature)
+        self.is_dynamic = isinstance(source, IdFeature) and source.is_dynamic
 
     def update(self, array: pa.Array) -> None:
         is_list = pa.types.is_list(array.type)
         values = (array.flatten() if is_list else array).drop_null()
         if pa.types.is_string(values.type):
             values = values.filter(pc.not_equal(values, ""))
+        elif self.is_dynamic:
+            values = values.filter(pc.not_equal(values, MISSING_ID))
         self.ids += len(values)
         self.missing += len(array) - (int(pc.sum(pc.greater(pc.list_value_length(array), 0)).as_py() or 0) if is_list else len(values))
         if self.known is not None:

@@ -1,6 +1,6 @@
 """The feature spec: which columns of a log become which ids, numbers and sequences, and what fitting learned about them.
 
-Row 0 of every table stands for missing, unknown and default; known ids are 1, 2, ...; hashed ids are 1 + hash mod num_buckets.
+`encoding` states what becomes of a column's values; this module states the columns, the tables they look into, and the file of it all.
 """
 
 import hashlib
@@ -16,10 +16,24 @@ from typing_extensions import Self
 
 from ninerank.config import Config
 from ninerank.errors import SpecError, nearest
+from ninerank.features.encoding import (
+    INT64_MAX,
+    INT64_MIN,
+    MISSING_ID,
+    Bucketize,
+    Dynamic,
+    Hashed,
+    Log,
+    Raw,
+    Standardise,
+    Vocabulary,
+)
 from ninerank.files import replacing
 
 __all__ = [
+    "MISSING_ID",
     "Bucketize",
+    "Dynamic",
     "Feature",
     "FeatureSpec",
     "Hashed",
@@ -38,80 +52,6 @@ Role = Literal["user", "item", "context"]
 Side = Literal["request", "item"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=128)]
 Separator = Annotated[str, Field(min_length=1, max_length=8)]
-INT64_MIN, INT64_MAX = -(1 << 63), (1 << 63) - 1
-MAX_TABLE_ROWS = (1 << 31) - 2
-
-
-class Vocabulary(Config):
-    """One row for each known id; ids outside `values` take row 0.
-
-    Fitting keeps ids seen at least `min_count` times, the `max_size` most frequent of them (ties by value), most frequent first.
-    """
-
-    kind: Literal["vocabulary"] = "vocabulary"
-    min_count: int = Field(default=1, ge=1)
-    max_size: int | None = Field(default=None, ge=1, le=MAX_TABLE_ROWS)
-    values: tuple[StrictInt, ...] | tuple[StrictStr, ...] | None = Field(default=None, description="fitted: the id of row 1, 2, ...")
-
-    @model_validator(mode="after")
-    def _distinct(self) -> Self:
-        if self.values is not None:
-            if len(set(self.values)) != len(self.values):
-                raise ValueError("values holds an id twice; each id has one row")
-            if "" in self.values:
-                raise ValueError("values holds an empty string, which means missing (row 0)")
-        return self
-
-
-class Hashed(Config):
-    """Row 1 + XXH64(id, seed) mod num_buckets: needs no fitting, takes ids never seen, lets ids collide."""
-
-    kind: Literal["hashed"] = "hashed"
-    num_buckets: int = Field(ge=1, le=MAX_TABLE_ROWS)
-    seed: int = Field(default=0, ge=0, le=INT64_MAX)
-
-
-class Raw(Config):
-    """y = x."""
-
-    kind: Literal["raw"] = "raw"
-
-
-class Log(Config):
-    """y = sign(x) log(1 + |x|)."""
-
-    kind: Literal["log"] = "log"
-
-
-class Standardise(Config):
-    """y = (x - mean) / std; both are fitted (std of a constant column is 1)."""
-
-    kind: Literal["standardise"] = "standardise"
-    mean: float | None = Field(default=None, allow_inf_nan=False, description="fitted")
-    std: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="fitted")
-
-    @model_validator(mode="after")
-    def _both(self) -> Self:
-        if (self.mean is None) != (self.std is None):
-            raise ValueError("mean and std are given together or not at all")
-        return self
-
-
-class Bucketize(Config):
-    """Row 1 + (number of boundaries <= x): the number becomes an id with its own table.
-
-    `boundaries` are given, or fitted as quantiles that cut the sample into at most `num_buckets` parts.
-    """
-
-    kind: Literal["bucketize"] = "bucketize"
-    num_buckets: int = Field(default=10, ge=2, le=1_000_000)
-    boundaries: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] | None = Field(default=None, description="given or fitted")
-
-    @model_validator(mode="after")
-    def _increasing(self) -> Self:
-        if self.boundaries is not None and any(b <= a for a, b in zip(self.boundaries, self.boundaries[1:], strict=False)):
-            raise ValueError("boundaries must increase strictly")
-        return self
 
 
 class _Column(Config):
@@ -135,12 +75,13 @@ class _Column(Config):
 class IdFeature(_Column):
     """One id a row, or with `multi` a bag of ids (the first `max_length` of them) pooled by sum or mean.
 
-    A missing id, null or empty string, is read as `default` if given and takes row 0 otherwise; a missing bag is empty.
+    A missing id, null or empty string, is read as `default` if given and takes row 0 otherwise; a missing bag is empty. Of a dynamic
+    feature a missing id is `MISSING_ID`, and a bag leaves it out.
     """
 
     kind: Literal["id"] = "id"
     dtype: Literal["string", "int64"] = "string"
-    encoding: Annotated[Vocabulary | Hashed, Field(discriminator="kind")] = Vocabulary()
+    encoding: Annotated[Vocabulary | Hashed | Dynamic, Field(discriminator="kind")] = Vocabulary()
     multi: bool = False
     max_length: int | None = Field(default=None, ge=1)
     pooling: Literal["sum", "mean"] = "mean"
@@ -160,6 +101,11 @@ class IdFeature(_Column):
                 raise ValueError(f"{value!r} is not a {self.dtype} id, as dtype says it is")
             if isinstance(value, int) and not INT64_MIN <= value <= INT64_MAX:
                 raise ValueError(f"{value} does not fit in int64")
+        if isinstance(self.encoding, Dynamic) and self.dtype == "int64":
+            if self.encoding.seed:
+                raise ValueError(f"seed {self.encoding.seed} is for the hash of strings; a dynamic int64 id stays as it is")
+            if self.default == MISSING_ID:
+                raise ValueError(f"default {MISSING_ID} stands for missing in a dynamic feature; any other int64 is allowed")
         return self
 
     @property
@@ -167,12 +113,19 @@ class IdFeature(_Column):
         return self.table or self.name
 
     @property
+    def is_dynamic(self) -> bool:
+        """Whether ids stay raw, for a table whose rows come and go."""
+        return isinstance(self.encoding, Dynamic)
+
+    @property
     def is_fitted(self) -> bool:
-        return isinstance(self.encoding, Hashed) or self.encoding.values is not None
+        return not isinstance(self.encoding, Vocabulary) or self.encoding.values is not None
 
     @property
     def num_rows(self) -> int:
-        """Rows of the table, row 0 included; raises SpecError before fitting."""
+        """Rows of the table, row 0 included, and 0 for a dynamic one; raises SpecError before fitting."""
+        if isinstance(self.encoding, Dynamic):
+            return 0
         if isinstance(self.encoding, Hashed):
             return 1 + self.encoding.num_buckets
         if self.encoding.values is None:
@@ -224,11 +177,15 @@ Feature = Annotated[IdFeature | NumericFeature | SequenceFeature, Field(discrimi
 
 @dataclass(frozen=True)
 class TableSpec:
-    """A logical embedding table: num_rows counts row 0; features that look into it in spec order."""
+    """A logical embedding table: num_rows counts row 0; features that look into it in spec order.
+
+    A dynamic table takes raw 64-bit ids (`MISSING_ID` where there is none) and has no rows of its own: num_rows is 0.
+    """
 
     name: str
     num_rows: int
     features: tuple[str, ...]
+    is_dynamic: bool = False
 
 
 class FeatureSpec(Config):
@@ -286,14 +243,17 @@ class FeatureSpec(Config):
         """Logical tables by name, in spec order; raises SpecError before fitting."""
         members: dict[str, list[str]] = {}
         rows: dict[str, int] = {}
+        dynamic: set[str] = set()
         for feature in self.features:
             if not isinstance(feature, SequenceFeature) and _form(feature) != "dense":
                 rows[feature.table_name] = feature.num_rows
+                if isinstance(feature, IdFeature) and feature.is_dynamic:
+                    dynamic.add(feature.table_name)
         for feature in self.features:
             table = self.table_of(feature.name)
             if table is not None:
                 members.setdefault(table, []).append(feature.name)
-        return {name: TableSpec(name, rows[name], tuple(features)) for name, features in members.items()}
+        return {name: TableSpec(name, rows[name], tuple(features), name in dynamic) for name, features in members.items()}
 
     def table_of(self, name: str) -> str | None:
         """Name of the table that feature `name` looks into; None for a dense number."""

@@ -17,8 +17,9 @@ from ninerank.errors import DataError, SpecError
 from ninerank.features import kernels
 from ninerank.features.batch import Batch, Block, KeyedJagged
 from ninerank.features.columns import Allowed, arrow_type, column_of, conform, is_label, is_weight, show
+from ninerank.features.encoding import MISSING_ID, Bucketize, Dynamic, Hashed, Log, Standardise
 from ninerank.features.hashing import hash_strings
-from ninerank.features.spec import Bucketize, FeatureSpec, Hashed, IdFeature, Log, NumericFeature, SequenceFeature, Side, Standardise
+from ninerank.features.spec import FeatureSpec, IdFeature, NumericFeature, SequenceFeature, Side
 from ninerank.features.vocabulary import CompiledVocabulary
 
 __all__ = ["Transform"]
@@ -133,6 +134,8 @@ class _Jobs:
         job[kernels.KEEP_LAST] = isinstance(feature, SequenceFeature)
         if isinstance(source.encoding, Hashed):
             job[kernels.METHOD], job[kernels.SIZE], job[kernels.SEED] = kernels.HASH, source.encoding.num_buckets, source.encoding.seed
+        elif isinstance(source.encoding, Dynamic):
+            job[kernels.METHOD], job[kernels.SEED], job[kernels.MISSING] = kernels.RAW_ID, source.encoding.seed, MISSING_ID
         else:
             values = source.encoding.values or ()
             vocabulary = vocabularies.get(source.table_name) or CompiledVocabulary.build(values, source.dtype)
@@ -170,6 +173,8 @@ class _Jobs:
         else:
             row = np.zeros(1, np.int64)
             kernels.fill_single(job, 1, row)
+            # Where a default has row 0 itself, a bag without ids stays empty.
+            self.fixed[f, kernels.HAS_DEFAULT] = row[0] != (MISSING_ID if job[0, kernels.METHOD] == kernels.RAW_ID else 0)
             self.fixed[f, kernels.MISSING] = row[0]
 
     def encode_single(self, rows: pa.RecordBatch, count: int) -> KeyedJagged:

@@ -90,7 +90,7 @@ class _PackedBlock:
 
 @dataclass(frozen=True)
 class PackedRows:
-    """All rows of a split in file order; ids below 2^31 are held as int32."""
+    """All rows of a split in file order; ids that fit are held as int32."""
 
     request: _PackedBlock
     item: _PackedBlock
@@ -152,4 +152,7 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def _narrow(ids: Tensor) -> Tensor:
-    return ids.int() if ids.numel() and int(ids.max()) <= INT32_MAX else ids
+    if ids.numel() == 0:
+        return ids
+    low, high = ids.aminmax()
+    return ids.int() if int(low) >= -INT32_MAX and int(high) <= INT32_MAX else ids
