@@ -41,6 +41,11 @@ LOOKUP_VARIANTS = (
     (3, torch.float32, torch.int32, torch.int64, False, True),
     (3, torch.float16, torch.int32, None, False, False),
     (10, torch.bfloat16, torch.int64, torch.int64, False, False),
+    (5, torch.float32, torch.int32, torch.int64, False, True),
+    (7, torch.float32, torch.int32, torch.int64, False, True),
+    (15, torch.float16, torch.int32, None, False, False),
+    (17, torch.bfloat16, torch.int64, torch.int64, False, False),
+    (100, torch.float16, torch.int32, torch.int64, True, True),
 )
 
 

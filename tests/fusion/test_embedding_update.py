@@ -77,6 +77,22 @@ def test_agrees_with_float64_reference(data: st.DataObject, kind: type[RowOptimi
         exact_state = [tensor.double() if tensor.is_floating_point() else tensor.clone() for tensor in state]
 
 
+@pytest.mark.parametrize("dim", [1, 5, 7, 15, 17, 100])
+@pytest.mark.parametrize("row_type", [torch.int32, torch.int64])
+def test_any_dim_and_a_gradient_that_is_not_contiguous(dim: int, row_type: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(dim)
+    weight, optimizer = torch.randn(30, dim, generator=generator), Adagrad()
+    grad = torch.randn(2 * dim, 100, generator=generator).t()[::2, ::2]
+    assert not grad.is_contiguous()
+    rows = torch.randint(0, 30, (50,), generator=generator).to(row_type)
+    exact = weight.double()
+    state, exact_state = optimizer.new_state(weight, torch.ones(1)), optimizer.new_state(exact, torch.ones(1))
+    embedding_update(weight, state, grad, rows, torch.tensor([0]), torch.tensor([0.1]), optimizer, kernel="numba")
+    exact_state = [tensor.double() for tensor in exact_state]
+    embedding_update(exact, exact_state, grad.double(), rows, torch.tensor([0]), torch.tensor([0.1]), optimizer, kernel="torch")
+    torch.testing.assert_close(weight.double(), exact, rtol=1e-5, atol=1e-5)
+
+
 def _of_row(lr_T: torch.Tensor, first_row_T: torch.Tensor, num_rows: int) -> torch.Tensor:
     return lr_T[torch.searchsorted(first_row_T, torch.arange(num_rows), right=True) - 1]
 

@@ -1,45 +1,83 @@
-"""16-bit floats are converted as torch converts them, bit for bit."""
+"""Compiled kernels are found again by the next process, and stale ones are not."""
 
-import numba
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from ninerank.fusion.kernels.jit import CODECS, as_numpy
+from ninerank.fusion.kernels import jit as module
+from ninerank.fusion.kernels.jit import as_numpy, fixed_dim, jit, jit_for, rows_ahead
+
+ROOT = Path(__file__).parents[2]
+LOOKUP = """
+import torch
+from ninerank.fusion.kernels.embedding_bag import embedding_bag
+for dim in (8, 16):
+    embedding_bag(torch.zeros(4, dim), torch.zeros(3, dtype=torch.int32), None, 1, kernel="numba")
+"""
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_decodes_every_bit_pattern(dtype: torch.dtype) -> None:
-    decode = CODECS[dtype].decode
-
-    @numba.njit
-    def run(source, target):  # type: ignore[no-untyped-def]
-        for i in range(source.size):
-            target[i] = decode(source[i])
-
-    stored, found = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(dtype), torch.empty(65536)
-    run(as_numpy(stored), as_numpy(found))
-    expected = stored.float()
-    assert torch.equal(found.isnan(), expected.isnan())
-    assert torch.equal(found.nan_to_num(0.0).view(torch.int32), expected.nan_to_num(0.0).view(torch.int32))
+def _cached(folder: Path) -> tuple[int, int]:
+    """Kernels loaded from and saved to `folder` by one process that looks two tables up."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(folder), "NUMBA_DEBUG_CACHE": "1", "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([sys.executable, "-c", LOOKUP], check=True, capture_output=True, text=True, env=environment, timeout=120)
+    return tuple(len(re.findall(rf"data {what} '.*pool", done.stdout)) for what in ("loaded from", "saved to"))  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_encodes_with_rounding_to_nearest_even(dtype: torch.dtype) -> None:
-    encode = CODECS[dtype].encode
+def test_the_next_process_compiles_nothing(tmp_path: Path) -> None:
+    assert _cached(tmp_path) == (0, 2)
+    assert _cached(tmp_path) == (2, 0)
 
-    @numba.njit
-    def run(source, target):  # type: ignore[no-untyped-def]
-        for i in range(source.size):
-            target[i] = encode(source[i])
 
-    representable = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(dtype).float()
-    halfway = (representable[:-1] + representable[1:]) / 2
-    anything = (
-        torch.randint(-(2**31), 2**31 - 1, (500_000,), generator=torch.Generator().manual_seed(1)).to(torch.int32).view(torch.float32)
-    )
-    values = torch.cat([representable, halfway, torch.nextafter(halfway, torch.tensor(9e9)), anything])
-    found = torch.empty(values.numel(), dtype=dtype)
-    run(as_numpy(values), as_numpy(found))
-    expected = values.to(dtype)
-    assert torch.equal(found.isnan(), expected.isnan())
-    assert torch.equal(found.nan_to_num(0.0).view(torch.int16), expected.nan_to_num(0.0).view(torch.int16))
+def test_a_changed_source_and_other_values_are_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def key(*made_for: object) -> object:
+        def function(x):  # type: ignore[no-untyped-def]
+            return x
+
+        compiled = jit_for(*made_for)(function)
+        compiled(1)  # type: ignore[no-untyped-call]
+        (signature,) = compiled.overloads  # type: ignore[attr-defined]
+        return compiled._cache._index_key(signature, compiled.targetctx.codegen())  # type: ignore[attr-defined]
+
+    first = key(16, torch.float32)
+    assert key(16, torch.float32) == first
+    assert key(8, torch.float32) != first
+    monkeypatch.setattr(module, "_sources", lambda: "of another version")
+    assert key(16, torch.float32) != first
+
+
+def test_without_a_folder_for_the_cache_kernels_still_run(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(function: object, made_for: object) -> None:
+        raise RuntimeError("no locator available")
+
+    monkeypatch.setattr(module, "_Cache", refuse)
+    module._warn_of_no_cache.cache_clear()
+    with caplog.at_level(logging.WARNING, logger=module.__name__):
+        doubled = [jit(lambda x: 2 * x)(21) for _ in range(2)]
+    assert doubled == [42, 42]
+    assert [record.getMessage() for record in caplog.records] == [
+        "no folder for compiled kernels can be written; this process compiles its own (NUMBA_CACHE_DIR names a folder)"
+    ]
+
+
+@pytest.mark.parametrize(("dim", "fixed"), [(1, 1), (4, 4), (16, 16), (100, 100), (256, 256), (3, 0), (15, 0), (17, 0), (260, 0)])
+def test_dims_with_a_kernel_of_their_own(dim: int, fixed: int) -> None:
+    assert fixed_dim(dim) == fixed
+
+
+@pytest.mark.parametrize(("row_bytes", "rows"), [(1, 32), (64, 32), (256, 16), (1024, 4), (100_000, 4)])
+def test_prefetch_stays_in_the_first_cache(row_bytes: int, rows: int) -> None:
+    assert rows_ahead(row_bytes) == rows
+
+
+def test_arrays_are_views_and_contiguous() -> None:
+    weight = torch.zeros(2, 3, dtype=torch.bfloat16)
+    as_numpy(weight)[1, 2] = 0x3F80
+    assert weight[1, 2] == 1
+    with pytest.raises(AssertionError):
+        as_numpy(weight.t())

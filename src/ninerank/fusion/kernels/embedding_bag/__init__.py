@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ninerank.fusion.kernels import registry
-from ninerank.fusion.kernels.embedding_bag.entries import bag_entries
+from ninerank.fusion.kernels.embedding_bag.entries import reference as entries_reference
 from ninerank.fusion.kernels.embedding_reduce import embedding_reduce
 
 __all__ = ["TABLE_DTYPES", "embedding_bag", "reference"]
@@ -69,7 +69,7 @@ def reference(
 ) -> Tensor:
     """The contract in plain torch operators."""
     dtype = torch.float64 if weight_RD.dtype == torch.float64 else torch.float32
-    bags_O, scale_N = bag_entries(rows_N.numel(), offsets, sample_weight_N, mean_F, num_features, feature_major, rows_N.device)
+    bags_O, scale_N = entries_reference(rows_N.numel(), offsets, sample_weight_N, mean_F, num_features, feature_major, rows_N.device)
     values_ND = torch.nn.functional.embedding(rows_N, weight_RD).to(dtype)
     if scale_N is not None:
         values_ND = values_ND * scale_N.to(dtype)[:, None]
@@ -146,17 +146,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    # Plain operators and no kernel's own arrays, so that it can be traced.
     weight_RD, rows_N, offsets, sample_weight_N, mean_F = ctx.saved_tensors
     grad_OD = grad.reshape(-1, grad.shape[-1])
     layout = (ctx.num_features, ctx.feature_major, grad.device)
     weight_grad = sample_grad = None
     if ctx.needs_input_grad[0]:
-        bags_N, scale_N = bag_entries(rows_N.numel(), offsets, sample_weight_N, mean_F, *layout)
+        bags_N, scale_N = entries_reference(rows_N.numel(), offsets, sample_weight_N, mean_F, *layout)
         unique_U, sums_UD = embedding_reduce(grad_OD, rows_N, bags_N, scale_N, ctx.table_shape[0], kernel=ctx.kernel)
         weight_grad = torch.zeros(ctx.table_shape, dtype=ctx.table_dtype, device=grad.device)
         weight_grad.index_copy_(0, unique_U.to(torch.int64), sums_UD.to(ctx.table_dtype))
     if ctx.needs_input_grad[3]:
-        bags_N, scale_N = bag_entries(rows_N.numel(), offsets, None, mean_F, *layout)
+        bags_N, scale_N = entries_reference(rows_N.numel(), offsets, None, mean_F, *layout)
         sample_grad = (weight_RD[rows_N.to(torch.int64)].to(grad.dtype) * grad_OD[bags_N.to(torch.int64)]).sum(-1)
         sample_grad = sample_grad if scale_N is None else sample_grad * scale_N
     return weight_grad, None, None, sample_grad, None, None, None, None

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from ninerank.fusion.kernels import threads
-from ninerank.fusion.kernels.jit import CACHE_LINE_BYTES, as_numpy, fixed_dim, jit, jit_inline, prefetch, row_buffer
+from ninerank.fusion.kernels.jit import CACHE_LINE_BYTES, as_numpy, fixed_dim, jit, jit_for, jit_inline, prefetch, rows_ahead
+from ninerank.fusion.kernels.lanes import arithmetic, row_buffer
 from ninerank.fusion.kernels.radix import SORTED, sort_share
 
-__all__ = ["PREFETCH_ENTRIES", "optional_arrays", "raise_outside", "run", "segment_sum"]
+__all__ = ["optional_arrays", "raise_outside", "run", "segment_sum"]
 
-PREFETCH_ENTRIES = 8
 FLOAT_LINE = CACHE_LINE_BYTES // 4
 
 
@@ -73,13 +73,17 @@ def sort_entries(thread, num_threads, rows, grad_row, scale, num_rows):
 def segment_sum(fixed: int) -> Any:
     """Compiled `sum(total, begin, keys, carried, grad, grad_row, scale, any_dim) -> end`: total = sum of a row's entries."""
 
+    entries_ahead = rows_ahead(4 * fixed) if fixed else 8
+    ops = arithmetic(fixed, torch.float32)
+    get, put, each, width = ops.get, ops.put, ops.each, ops.width
+
     @jit_inline
     def add_up(total, begin, keys, carried, grad, grad_row, scale, any_dim):
         dim = any_dim if fixed == 0 else fixed
-        ahead = begin + PREFETCH_ENTRIES
+        ahead = begin + entries_ahead
         row = keys[begin]
-        for column in range(dim):
-            total[column] = 0
+        for column in range(0, dim, width):
+            put(total, column, each(np.float32(0)))
         n = begin
         while n < keys.size and keys[n] == row:
             entry = np.int64(carried[n])
@@ -88,8 +92,12 @@ def segment_sum(fixed: int) -> Any:
                 factor = scale[entry]
                 if grad_row is not None:
                     output = np.int64(grad_row[entry])
-            for column in range(dim):
-                total[column] += factor * grad[output, column]
+            if scale is None:
+                for column in range(0, dim, width):
+                    put(total, column, get(total, column) + get(grad, output * dim + column))
+            else:
+                for column in range(0, dim, width):
+                    put(total, column, get(total, column) + each(factor) * get(grad, output * dim + column))
             n += 1
         for later in range(ahead, min(ahead + n - begin, keys.size)):
             entry = np.int64(carried[later])
@@ -106,8 +114,10 @@ def segment_sum(fixed: int) -> Any:
 @cache
 def _kernel(fixed: int) -> Any:
     add_up, buffer = segment_sum(fixed), row_buffer(fixed)
+    ops = arithmetic(fixed, torch.float32)
+    get, put, width = ops.get, ops.put, ops.width
 
-    @jit
+    @jit_for(fixed)
     def reduce_share(keys, carried, first, grad, grad_row, scale, any_dim, unique, sums):
         """Write this thread's sums from place `first` on."""
         dim = any_dim if fixed == 0 else fixed
@@ -116,8 +126,8 @@ def _kernel(fixed: int) -> Any:
         while begin < keys.size:
             unique[place] = keys[begin]
             begin = add_up(total, begin, keys, carried, grad, grad_row, scale, any_dim)
-            for column in range(dim):
-                sums[place, column] = total[column]
+            for column in range(0, dim, width):
+                put(sums, place * dim + column, get(total, column))
             place += 1
 
     return reduce_share

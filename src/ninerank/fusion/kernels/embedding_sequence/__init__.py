@@ -40,12 +40,19 @@ def embedding_sequence(
     return out
 
 
-def sequence_entries(offsets: Tensor, max_length: int, num_ids: int) -> Tensor:
+def sequence_entries(offsets: Tensor, max_length: int, num_ids: int, *, kernel: str = registry.AUTO) -> Tensor:
     """Output row b * L + i (int32 (N,)) of every id: what `embedding_reduce` and `embedding_update` take as grad_row_N.
 
     >>> sequence_entries(torch.tensor([0, 1, 3]), 2, 3)
     tensor([0, 2, 3], dtype=torch.int32)
     """
+    run = registry.choose("sequence_entries", offsets.device.type, kernel)
+    entries_N: Tensor = run(offsets, max_length, num_ids)
+    return entries_N
+
+
+def entries_reference(offsets: Tensor, max_length: int, num_ids: int) -> Tensor:
+    """`sequence_entries` in plain torch operators."""
     lengths_B = offsets.diff()
     # Shift of each sequence between the flat and the padded layout.
     shift_B = torch.arange(lengths_B.numel(), device=offsets.device) * max_length - offsets[:-1]
@@ -63,7 +70,7 @@ def reference(weight_RD: Tensor, rows_N: Tensor, offsets: Tensor | None, max_len
         check_lengths(offsets, max_length)
     num_sequences, dim = offsets.numel() - 1, weight_RD.shape[1]
     out = values_ND.new_zeros(num_sequences * max_length, dim)
-    out[sequence_entries(offsets, max_length, rows_N.numel()).to(torch.int64)] = values_ND
+    out[entries_reference(offsets, max_length, rows_N.numel()).to(torch.int64)] = values_ND
     return out.view(num_sequences, max_length, dim)
 
 
@@ -101,7 +108,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     rows_N, offsets = ctx.saved_tensors
-    entries_N = None if offsets is None else sequence_entries(offsets, ctx.max_length, rows_N.numel())
+    # In plain operators, so that it can be traced.
+    entries_N = None if offsets is None else entries_reference(offsets, ctx.max_length, rows_N.numel())
     unique_U, sums_UD = embedding_reduce(grad.reshape(-1, grad.shape[-1]), rows_N, entries_N, None, ctx.table_shape[0], kernel=ctx.kernel)
     weight_grad = torch.zeros(ctx.table_shape, dtype=ctx.table_dtype, device=grad.device)
     weight_grad.index_copy_(0, unique_U.to(torch.int64), sums_UD.to(ctx.table_dtype))
@@ -114,5 +122,7 @@ for _kernel in (
     registry.Kernel("embedding_sequence", "numba", f"{__name__}.cpu", "run", ("cpu",), "numba"),
     registry.Kernel("embedding_sequence", "triton", f"{__name__}.triton", "run", ("cuda", "npu"), "triton"),
     registry.Kernel("embedding_sequence", "torch", __name__, "reference"),
+    registry.Kernel("sequence_entries", "numba", f"{__name__}.cpu", "entries", ("cpu",), "numba"),
+    registry.Kernel("sequence_entries", "torch", __name__, "entries_reference"),
 ):
     registry.register(_kernel)

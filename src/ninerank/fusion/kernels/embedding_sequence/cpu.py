@@ -9,12 +9,13 @@ from torch import Tensor
 
 from ninerank.fusion.kernels import threads
 from ninerank.fusion.kernels.embedding_sequence import check_lengths
-from ninerank.fusion.kernels.jit import CACHE_LINE_BYTES, CODECS, as_numpy, fixed_dim, jit, prefetch
+from ninerank.fusion.kernels.jit import CACHE_LINE_BYTES, as_numpy, fixed_dim, jit, jit_for, prefetch
+from ninerank.fusion.kernels.lanes import arithmetic
 
-__all__ = ["run"]
+__all__ = ["entries", "run"]
 
 ALL_ROWS_VALID = -1
-PREFETCH_ROWS = 4
+PREFETCH_ROWS = 16
 
 
 def run(weight_RD: Tensor, rows_N: Tensor, offsets: Tensor | None, max_length: int) -> Tensor:
@@ -35,12 +36,29 @@ def run(weight_RD: Tensor, rows_N: Tensor, offsets: Tensor | None, max_length: i
     return out
 
 
+def entries(offsets: Tensor, max_length: int, num_ids: int) -> Tensor:
+    """Output row of every id; see `sequence_entries`."""
+    check_lengths(offsets, max_length)
+    entries_N = torch.empty(num_ids, dtype=torch.int32)
+    _number(as_numpy(offsets.contiguous()), max_length, as_numpy(entries_N))
+    return entries_N
+
+
+@jit
+def _number(offsets, max_length, entries):
+    for sequence in range(offsets.size - 1):
+        begin, end = max(np.int64(offsets[sequence]), 0), min(np.int64(offsets[sequence + 1]), entries.size)
+        for n in range(begin, end):
+            entries[n] = sequence * max_length + n - begin
+
+
 @cache
 def _kernel(fixed: int, dtype: torch.dtype) -> Any:
-    decode = CODECS[dtype].decode
+    ops = arithmetic(fixed, dtype)
+    load, put, width = ops.load, ops.put, ops.width
     line = CACHE_LINE_BYTES // dtype.itemsize
 
-    @jit
+    @jit_for(fixed, dtype)
     def copy(thread, num_threads, weight, rows, offsets, out, max_length, num_rows, any_dim):
         """Copy this thread's rows; returns the position of a row outside the storage, or ALL_ROWS_VALID."""
         dim = any_dim if fixed == 0 else fixed
@@ -62,8 +80,8 @@ def _kernel(fixed: int, dtype: torch.dtype) -> Any:
                 if row < 0 or row >= num_rows:
                     wrong = n
                     continue
-                for column in range(dim):
-                    out[target + n - begin, column] = decode(weight[row, column])
+                for column in range(0, dim, width):
+                    put(out, (target + n - begin) * dim + column, load(weight, row * dim + column))
         return wrong
 
     return copy
