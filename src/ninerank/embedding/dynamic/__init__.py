@@ -5,12 +5,13 @@ table.py      DynamicTable: lookup, rows, update, finish_step, state
 idmap.py      id -> row                   storage.py, reserve.py      rows that grow without copies
 initial.py    first values from the id    rules.py, fused.py          the seam to optimizers, and the fused operator behind it
 state.py      states by raw id, dealt out to any number of processes
-source.py     delta export
+source.py     delta export                frozen.py                what serving reads
 """
 
 from ninerank.embedding.dynamic.admission import Always, BloomCounter, ExactCounter, Frequency, Probability
 from ninerank.embedding.dynamic.config import DynamicTableConfig
 from ninerank.embedding.dynamic.eviction import Capacity, LastSeen, LeastFrequent
+from ninerank.embedding.dynamic.frozen import FrozenTable
 from ninerank.embedding.dynamic.idmap import IdMap
 from ninerank.embedding.dynamic.initial import initial_values
 from ninerank.embedding.dynamic.rules import SparseRule, UpdateRule
@@ -29,6 +30,7 @@ __all__ = [
     "DynamicTableStatistics",
     "ExactCounter",
     "Frequency",
+    "FrozenTable",
     "IdMap",
     "LastSeen",
     "LeastFrequent",
