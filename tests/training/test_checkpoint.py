@@ -24,8 +24,8 @@ def test_round_trip(tmp_path):
     checkpoint = store.load()
     assert checkpoint is not None
     assert (checkpoint.name, checkpoint.state) == ("step-7", STATE)
-    assert torch.equal(checkpoint.tensors["model"]["w"], torch.full((3, 2), 7.0))
-    assert checkpoint.tensors["random"] == {}
+    assert torch.equal(checkpoint.section("model")["w"], torch.full((3, 2), 7.0))
+    assert checkpoint.section("random") == {}
 
 
 def test_the_newest_are_kept_by_number(tmp_path):
@@ -53,7 +53,7 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     assert store.names() == ["step-5"]
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("name", ["rank-0.safetensors", "state.json", "manifest.json"])
 def test_a_corrupt_byte_names_the_file_and_offers_the_one_before(tmp_path, name):
     store = make_store(tmp_path)
     save(store, 5)
@@ -69,9 +69,9 @@ def test_a_corrupt_byte_names_the_file_and_offers_the_one_before(tmp_path, name)
 def test_when_all_are_damaged_it_says_so(tmp_path):
     store = make_store(tmp_path)
     for step in (5, 9):
-        path = save(store, step) / "model.safetensors"
+        path = save(store, step) / "rank-0.safetensors"
         path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(CheckpointError, match=r"step-9/model\.safetensors: has .* truncated.*; there is no sound checkpoint before it"):
+    with pytest.raises(CheckpointError, match=r"step-9/rank-0\.safetensors: has .* truncated.*; there is no sound checkpoint before it"):
         store.load()
 
 

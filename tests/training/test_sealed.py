@@ -6,13 +6,16 @@ from ninerank.errors import CheckpointError
 from ninerank.training import sealed
 
 
-def text(content: str) -> sealed.Writer:
-    return lambda path: path.write_text(content) and None
+def draft(target: Path, **files: str) -> sealed.Draft:
+    made = sealed.Draft(target)
+    for name, content in files.items():
+        made.add(f"{name}.txt", content.encode())
+    return made
 
 
 @pytest.fixture
 def target(tmp_path: Path) -> Path:
-    sealed.write(tmp_path / "box", {"a.txt": text("alpha"), "b.txt": text("beta")}, {"step": 3})
+    draft(tmp_path / "box", a="alpha", b="beta").rename({"step": 3})
     return tmp_path / "box"
 
 
@@ -48,26 +51,70 @@ def test_truncation_and_absence_are_told_apart(target):
         sealed.verify(target.parent)
 
 
-def test_writing_again_replaces_the_whole(target):
-    sealed.write(target, {"c.txt": text("gamma")}, {})
+def test_renaming_again_replaces_the_whole(target):
+    draft(target, c="gamma").rename({})
     assert set(sealed.verify(target).paths) == {"c.txt"}
     assert sorted(path.name for path in target.iterdir()) == ["c.txt", "manifest.json"]
+    assert [path.name for path in target.parent.iterdir()] == ["box"]
 
 
-def test_a_failed_write_leaves_the_old_whole(target):
-    def fail(path: Path) -> None:
-        path.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        sealed.write(target, {"a.txt": fail}, {})
-    with pytest.raises(OSError, match="disk full"):
-        sealed.replace(target, {"a.txt": fail}, {})
+def test_until_it_is_renamed_a_draft_changes_nothing(target):
+    begun = draft(target, a="half")
     assert sealed.verify(target).paths["a.txt"].read_text() == "alpha"
+    begun.discard()
+    assert [path.name for path in target.parent.iterdir()] == ["box"]
+    sealed.verify(target)
 
 
-def test_replace_keeps_one_generation(tmp_path):
+def test_what_was_set_aside_comes_back_if_the_new_one_did_not(target, monkeypatch):
+    """A kill between the two renames: the old directory is hidden, the new one not yet in place."""
+    inner = Path.rename
+
+    def stop(path: Path, to: Path) -> Path:
+        if path.name.endswith(".tmp"):
+            raise KeyboardInterrupt
+        return inner(path, to)
+
+    monkeypatch.setattr(Path, "rename", stop)
+    with pytest.raises(KeyboardInterrupt):
+        draft(target, c="gamma").rename({})
+    assert not target.exists()
+    sealed.recover(target.parent, "b*")
+    assert sealed.verify(target).paths["a.txt"].read_text() == "alpha"
+    assert [path.name for path in target.parent.iterdir()] == ["box"]
+
+
+def test_recovery_clears_away_what_is_half_done_and_touches_nothing_else(target):
+    for name in (".box.0123abcd.old", ".box.0123abcd.tmp", ".other.0123abcd.tmp"):
+        (target.parent / name).mkdir()
+    sealed.recover(target.parent, "box")
+    assert sorted(path.name for path in target.parent.iterdir()) == [".other.0123abcd.tmp", "box"]
+    sealed.verify(target)
+
+
+def test_a_file_of_another_process_must_be_there_as_it_was_written(tmp_path):
+    begun = draft(tmp_path / "box", a="alpha")
+    with pytest.raises(CheckpointError, match=r"far\.txt: is not there as it was written; all processes must write to one file system"):
+        begun.enter("far.txt", "0" * 64, 5)
+    with pytest.raises(CheckpointError, match=r"a\.txt: is not there as it was written"):
+        begun.enter("a.txt", "0" * 64, 6)
+
+
+def test_several_processes_share_the_reading(target):
+    """Each finds damage in its own share; a missing or short file is seen by all."""
+    (target / "b.txt").write_text("bet!")
+    sealed.verify(target, rank=0, world_size=2)
+    with pytest.raises(CheckpointError, match=r"b\.txt: .* corrupt"):
+        sealed.verify(target, rank=1, world_size=2)
+    (target / "b.txt").write_text("b")
+    for rank in (0, 1):
+        with pytest.raises(CheckpointError, match="truncated"):
+            sealed.verify(target, rank=rank, world_size=2)
+
+
+def test_release_keeps_one_generation(tmp_path):
     for content in ("one", "two", "two"):
-        sealed.replace(tmp_path / "best", {"w.txt": text(content)}, {"epoch": content})
+        draft(tmp_path / "best", w=content).release({"epoch": content})
         assert sealed.verify(tmp_path / "best").paths["w.txt"].read_text() == content
         assert len(list((tmp_path / "best").iterdir())) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from ninerank.device import Device
 from ninerank.errors import CheckpointError, DataError, DeviceError, SpecError
 from ninerank.metrics import auc, logloss
 from ninerank.training import sealed
+from ninerank.training.checkpoint import BestWeights
 from ninerank.training.interrupt import TrainingInterrupted
 from ninerank.training.pipeline import Split
 from ninerank.training.run import load_run
@@ -179,7 +179,7 @@ def test_early_stopping_keeps_the_best_epoch(make_recipe, tmp_path, monkeypatch)
     assert trainer._lr == 0.01 * 0.5
     best = sealed.verify(tmp_path / "run" / "best")
     assert best.extra["epoch"] == 2
-    saved = load_file(best.paths["model.safetensors"])
+    saved = BestWeights(tmp_path / "run" / "best", spec_digest=trainer.spec.digest).load()
     assert saved.keys() == kept[2].keys()
     assert all(torch.equal(saved[name], kept[2][name]) for name in saved)
 
@@ -237,14 +237,14 @@ def test_resume_refuses_another_fitted_spec_and_damaged_files(make_recipe, tmp_p
     with pytest.raises(CheckpointError, match=f"made with spec {first.spec.digest}, this run's spec is [0-9a-f]{{64}}"):
         Trainer(recipe, run, resume=True)
     (run / "spec.json").write_text(spec)
-    path = run / "checkpoints" / "step-16" / "optimizer.safetensors"
+    path = run / "checkpoints" / "step-16" / "rank-0.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(bytes(data))
-    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors: .*--resume-from step-8"):
+    with pytest.raises(CheckpointError, match=r"rank-0\.safetensors: .*--resume-from step-8"):
         Trainer(recipe, run, resume=True)
     assert Trainer(recipe, run, resume="step-8").progress.step == 8
-    path = sealed.verify(run / "best").paths["model.safetensors"]
+    path = sealed.verify(run / "best").paths["rank-0.safetensors"]
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(CheckpointError, match=f"{path.name}: has 100 bytes"):
         load_run(run)

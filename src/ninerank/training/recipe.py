@@ -70,10 +70,15 @@ class DataConfig(Config):
 
 
 class CheckpointConfig(Config):
-    """A checkpoint at the end of each epoch, and every `every_steps` steps if given; the newest `keep_last` are kept."""
+    """A checkpoint at the end of each epoch, and every `every_steps` steps if given; the newest `keep_last` are kept.
+
+    asynchronous: training goes on as soon as the state has been copied to host memory, which takes as much of it as the state is large;
+    false writes without a copy while training waits.
+    """
 
     every_steps: PositiveInt | None = None
     keep_last: PositiveInt = 2
+    asynchronous: bool = True
 
 
 class LogConfig(Config):

@@ -1,7 +1,8 @@
 """Directories that are whole or refused: files with their SHA-256 in a manifest, written beside and renamed.
 
-    write(target, {"a.json": writer, ...}, extra)      a new directory, renamed when complete
-    replace(target, {"a.json": writer, ...}, extra)    new files in a directory that readers may hold, the manifest last
+    draft = Draft(target)         a directory beside `target`; files go into draft.path, draft.entries says what they are
+    draft.rename(extra)           it takes the target's place, all at once
+    draft.release(extra)          its files go into a directory that readers may hold, the manifest last
     verify(target) -> Sealed(paths, extra)
 
 The manifest carries its own digest too, so that no byte of a directory can change unseen.
@@ -9,9 +10,10 @@ The manifest carries its own digest too, so that no byte of a directory can chan
 
 import hashlib
 import json
-import os
+import re
+import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,10 @@ from typing import Any
 from ninerank.errors import CheckpointError
 from ninerank.files import replacing, sha256, sync
 
-__all__ = ["MANIFEST", "Sealed", "json_bytes", "replace", "replace_file", "verify", "write"]
+__all__ = ["MANIFEST", "Draft", "Sealed", "json_bytes", "read_manifest", "recover", "remove", "replace_file", "verify"]
 
 MANIFEST = "manifest.json"
-
-Writer = Callable[[Path], None]
+SET_ASIDE = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.old")
 
 
 @dataclass(frozen=True)
@@ -45,81 +46,102 @@ def replace_file(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
-def write(target: Path, files: Mapping[str, Writer], extra: Mapping[str, Any]) -> None:
-    """Make the directory `target` from `files` (name -> what writes it), with `extra` in its manifest; an older `target` goes."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    entries = {}
-    for name, writer in files.items():
-        writer(temporary / name)
-        sync(temporary / name)
-        entries[name] = _entry(temporary / name)
-    replace_file(temporary / MANIFEST, _seal(entries, extra))
-    if target.exists():
-        remove(target)
-    temporary.rename(target)
-    sync(target.parent)
+class Draft:
+    """A directory beside `target` in which the next `target` is made; until it is renamed or released, nothing has changed."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.path = _beside(target, "tmp")
+        self.entries: dict[str, dict[str, Any]] = {}
+        self.path.mkdir(parents=True)
+
+    def add(self, name: str, data: bytes) -> None:
+        """Write a small file."""
+        (self.path / name).write_bytes(data)
+        sync(self.path / name)
+        self.enter(name, hashlib.sha256(data).hexdigest(), len(data))
+
+    def enter(self, name: str, digest: str, size: int) -> None:
+        """Note a file that somebody wrote and synced; raises CheckpointError if it is not there."""
+        path = self.path / name
+        if not path.is_file() or path.stat().st_size != size:
+            raise CheckpointError(f"{path}: is not there as it was written; all processes must write to one file system")
+        self.entries[name] = {"sha256": digest, "bytes": size}
+
+    def rename(self, extra: Mapping[str, Any]) -> None:
+        """Take the target's place. An older target is set aside until then, so that `recover` finds it if this is cut short."""
+        replace_file(self.path / MANIFEST, _seal(self.entries, extra))
+        aside = _beside(self.target, "old") if self.target.exists() else None
+        if aside is not None:
+            self.target.rename(aside)
+        self.path.rename(self.target)
+        sync(self.target.parent)
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def release(self, extra: Mapping[str, Any]) -> None:
+        """Move the files into the target; until the new manifest is renamed into place, the old files stay and stay valid.
+
+        Each file's name carries its digest there, so that old and new never share one.
+        """
+        self.target.mkdir(parents=True, exist_ok=True)
+        for name, entry in self.entries.items():
+            stem, dot, suffix = name.partition(".")
+            entry["path"] = f"{stem}-{str(entry['sha256'])[:12]}{dot}{suffix}"
+            (self.path / name).replace(self.target / entry["path"])
+        replace_file(self.target / MANIFEST, _seal(self.entries, extra))
+        keep = {MANIFEST, *(entry["path"] for entry in self.entries.values())}
+        for path in self.target.iterdir():
+            if path.name not in keep:
+                path.unlink()
+        self.discard()
+
+    def discard(self) -> None:
+        """Delete whatever is left of the draft."""
+        shutil.rmtree(self.path, ignore_errors=True)
 
 
-def replace(target: Path, files: Mapping[str, Writer], extra: Mapping[str, Any]) -> None:
-    """Give the directory `target` new files; until the new manifest is renamed into place, the old files stay and stay valid.
-
-    Each file's name carries its digest, so that old and new never share one.
-    """
-    target.mkdir(parents=True, exist_ok=True)
-    entries = {}
-    for name, writer in files.items():
-        temporary = target / f".{name}.{os.getpid()}.tmp"
-        writer(temporary)
-        sync(temporary)
-        entry = _entry(temporary)
-        stem, dot, suffix = name.partition(".")
-        entry["path"] = f"{stem}-{str(entry['sha256'])[:12]}{dot}{suffix}"
-        temporary.replace(target / entry["path"])
-        entries[name] = entry
-    replace_file(target / MANIFEST, _seal(entries, extra))
-    keep = {MANIFEST, *(entry["path"] for entry in entries.values())}
-    for path in target.iterdir():
-        if path.name not in keep:
-            path.unlink()
+def recover(folder: Path, names: str) -> None:
+    """Put back what was set aside for a new one that never came, and clear away what was left half done, of targets named so (a glob)."""
+    for path in sorted(folder.glob(f".{names}.*")):
+        aside = SET_ASIDE.fullmatch(path.name)
+        if aside is not None and not (folder / aside["name"]).exists():
+            path.rename(folder / aside["name"])
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def remove(target: Path) -> None:
     """Delete a directory; it is renamed first, so that a deletion cut short leaves nothing that looks whole."""
-    doomed = target.with_name(f".{target.name}.{os.getpid()}.old")
-    shutil.rmtree(doomed, ignore_errors=True)
+    doomed = _beside(target, "gone")
     target.rename(doomed)
     shutil.rmtree(doomed)
 
 
-def verify(target: Path) -> Sealed:
-    """Check every file of `target`; raises CheckpointError that names the file which is missing, truncated or corrupt."""
-    content = _read_manifest(target / MANIFEST)
+def verify(target: Path, *, rank: int = 0, world_size: int = 1) -> Sealed:
+    """Check every file of `target`; raises CheckpointError that names the file which is missing, truncated or corrupt.
+
+    Of several processes each reads its share of the files, and all look at the sizes.
+    """
+    content = read_manifest(target)
     paths = {}
-    for name, entry in content["files"].items():
+    for i, (name, entry) in enumerate(sorted(content["files"].items())):
         path = paths[name] = target / entry.get("path", name)
         if not path.is_file():
             raise CheckpointError(f"{path}: is missing, though {MANIFEST} lists it")
         size = path.stat().st_size
         if size != entry["bytes"]:
             raise CheckpointError(f"{path}: has {size} bytes, {MANIFEST} says {entry['bytes']}: the file is truncated or was changed")
-        digest = sha256(path)
-        if digest != entry["sha256"]:
-            raise CheckpointError(f"{path}: SHA-256 is {digest}, {MANIFEST} says {entry['sha256']}: the file is corrupt")
+        if i % world_size == rank:
+            digest = sha256(path)
+            if digest != entry["sha256"]:
+                raise CheckpointError(f"{path}: SHA-256 is {digest}, {MANIFEST} says {entry['sha256']}: the file is corrupt")
     return Sealed(paths, content["extra"])
 
 
-def _entry(path: Path) -> dict[str, Any]:
-    return {"sha256": sha256(path), "bytes": path.stat().st_size}
-
-
-def _seal(entries: Mapping[str, Any], extra: Mapping[str, Any]) -> bytes:
-    content = {"files": entries, "extra": extra}
-    return json_bytes({"content": content, "sha256": hashlib.sha256(json_bytes(content)).hexdigest()})
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(target: Path) -> dict[str, Any]:
+    """`files` and `extra` as they were sealed; raises CheckpointError for a directory without a sound manifest."""
+    path = target / MANIFEST
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -134,3 +156,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not sound:
         raise CheckpointError(f"{path}: is corrupt, its bytes do not match the SHA-256 it carries")
     return dict(content)
+
+
+def _beside(target: Path, suffix: str) -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.{suffix}")
+
+
+def _seal(entries: Mapping[str, Any], extra: Mapping[str, Any]) -> bytes:
+    content = {"files": entries, "extra": extra}
+    return json_bytes({"content": content, "sha256": hashlib.sha256(json_bytes(content)).hexdigest()})

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ninerank.errors import CheckpointError
 
-__all__ = ["flatten", "restore"]
+__all__ = ["flatten", "generator_state", "reseed", "restore", "restore_generators"]
 
 
 def flatten(tree: object, prefix: str, tensors: dict[str, Tensor]) -> Any:
@@ -54,6 +55,11 @@ def generator_state(device: torch.device) -> dict[str, Tensor]:
     if device.type != "cpu":
         state["device"] = torch.get_device_module(device).get_rng_state(device)
     return state
+
+
+def reseed(seed: int, step: int, rank: int) -> int:
+    """Seed of a process that goes on where another number of processes stopped: none of them has a state that would be its own."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def restore_generators(device: torch.device, state: Mapping[str, Tensor]) -> None:

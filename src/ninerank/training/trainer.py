@@ -18,7 +18,7 @@ from ninerank.errors import CheckpointError, DeviceError, SpecError
 from ninerank.features.batch import Batch
 from ninerank.features.spec import FeatureSpec
 from ninerank.towers.registry import build_model
-from ninerank.training.checkpoint import BestWeights, Checkpoint, CheckpointStore, load_weights
+from ninerank.training.checkpoint import BestWeights, Checkpoint, CheckpointStore, PerProcess, load_weights
 from ninerank.training.display import Display, Stage
 from ninerank.training.history import History
 from ninerank.training.interrupt import Interrupts, TrainingInterrupted
@@ -30,7 +30,7 @@ from ninerank.training.recipe import Recipe
 from ninerank.training.run import RunDir
 from ninerank.training.schedule import EarlyStopping, is_gain
 from ninerank.training.scoring import measure
-from ninerank.training.state import flatten, generator_state, restore, restore_generators
+from ninerank.training.state import flatten, generator_state, reseed, restore, restore_generators
 from ninerank.training.window import Window
 
 __all__ = ["Progress", "Trainer"]
@@ -113,6 +113,7 @@ class Trainer:
             self.display,
             History(self.run.path, tensorboard=self.recipe.log.tensorboard, keep_to_step=keep) as self._history,
             self._interrupts.caught(),
+            self.store,
         ):
             while not self._is_finished():
                 self._train_epoch()
@@ -158,6 +159,7 @@ class Trainer:
                 stage.advance(batch.num_rows)
                 if progress.step % self.recipe.log.every_steps == 0:
                     window = self._close_window(window, stage)
+                self.store.check()
                 if every is not None and progress.step % every == 0:
                     window = self._close_window(window, stage)
                     self._save()
@@ -247,7 +249,10 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         self.model = build_model(recipe.model, self.spec, recipe.embedding, seed=recipe.seed).to(self.device.torch_device)
         self.optimizer = ModelOptimizer(self.model.tower, self.model.embedding, recipe.optimizer)
-        self.store = CheckpointStore(self.run.checkpoints, keep_last=recipe.checkpoint.keep_last, spec_digest=self.spec.digest)
+        policy = recipe.checkpoint
+        self.store = CheckpointStore(
+            self.run.checkpoints, keep_last=policy.keep_last, spec_digest=self.spec.digest, asynchronous=policy.asynchronous
+        )
         self.best = BestWeights(self.run.best, spec_digest=self.spec.digest)
         self.train, self.valid = self._split("train"), self._split("valid")
         self._total_steps = min(recipe.schedule.epochs * self.train.num_batches, recipe.schedule.max_steps or 1 << 62)
@@ -279,26 +284,33 @@ class Trainer:
         optimizer: dict[str, Tensor] = {}
         state = {
             "progress": asdict(self.progress),
-            "optimizer": flatten(self.optimizer.state_dict(), "optimizer", optimizer),
+            "optimizer": flatten(self.optimizer.state_dict(), "state", optimizer),
             "train": {"num_rows": self.train.num_rows, "in_memory": self.train.in_memory},
         }
-        tensors = {"model": self.model.state_dict(), "optimizer": optimizer, "random": generator_state(self.device.torch_device)}
-        return self.store.save(self.progress.step, tensors, state)
+        random = PerProcess(generator_state(self.device.torch_device))
+        return self.store.save(self.progress.step, {"model": self.model.state_dict(), "optimizer": optimizer, "random": random}, state)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        where, state = str(self.store.directory / checkpoint.name), checkpoint.state
+        where, state = str(checkpoint.directory), checkpoint.state
         train = {"num_rows": self.train.num_rows, "in_memory": self.train.in_memory}
         if state["train"] != train:
             raise CheckpointError(f"{where}: was saved over training data {state['train']}, they are now {train}: their order would differ")
-        load_weights(self.model, checkpoint.tensors["model"], where)
-        self.optimizer.load_state_dict(restore(state["optimizer"], checkpoint.tensors["optimizer"]))
+        checkpoint.read({"model": self.model.state_dict()})
+        own: dict[str, Tensor] = {}
+        flatten(self.optimizer.state_dict(), "state", own)
+        self.optimizer.load_state_dict(restore(state["optimizer"], checkpoint.section("optimizer", into=own)))
         self.progress = Progress(**state["progress"])
-        restore_generators(self.device.torch_device, checkpoint.tensors["random"])
+        generators = checkpoint.own("random")
+        if generators is None:
+            torch.manual_seed(reseed(self.recipe.seed, self.progress.step, self._rank))
+        else:
+            restore_generators(self.device.torch_device, generators)
         log.info("resumed from %s: epoch %d, batch %d", where, self.progress.epoch + 1, self.progress.batch)
 
     def _stop(self) -> NoReturn:
         # Between epochs everything is saved already, and during the test the model holds the best weights, not the last ones.
         path = self._save() if self.progress.batch else self.store.directory / f"step-{self.progress.step}"
+        self.store.wait()
         raise TrainingInterrupted(self._interrupts.requested or "a signal", path)
 
 

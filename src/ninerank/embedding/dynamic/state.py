@@ -19,7 +19,7 @@ from ninerank.embedding.dynamic.native import mix64, share, stream_key
 from ninerank.errors import CheckpointError
 from ninerank.features.native import jit
 
-__all__ = ["check_state", "reshard", "shard_of"]
+__all__ = ["check_state", "own_shard", "reshard", "shard_of"]
 
 COUNTERS = "pending.counters"
 GREATEST_COUNTER = 255
@@ -66,26 +66,32 @@ def reshard(states: Sequence[Mapping[str, Tensor]], world_size: int) -> list[dic
     """
     if not states:
         raise CheckpointError("no state to deal out: at least one is needed")
+    return [own_shard(states, rank, world_size) for rank in range(world_size)]
+
+
+def own_shard(states: Sequence[Mapping[str, Tensor]], rank: int, world_size: int) -> dict[str, Tensor]:
+    """What `reshard` deals out to process `rank`, without the shards of the others.
+
+    A column is asked for once in each state, one after the other, the ids first: states may read theirs from files at that moment.
+    """
     for state in states:
         if state.keys() != states[0].keys():
             raise CheckpointError(f"states of different tables: {sorted(states[0])} and {sorted(state)}")
-    shards: list[dict[str, Tensor]] = [{} for _ in range(world_size)]
+    shard: dict[str, Tensor] = {}
     for id_key, keys in _families(states[0]).items():
-        ids = torch.cat([state[id_key] for state in states])
-        ordered, order = ids.sort()
-        if bool((ordered.diff() == 0).any()):
-            twice = int(ordered[1:][ordered.diff() == 0][0])
+        held = [state[id_key] for state in states]
+        places = [torch.from_numpy(np.flatnonzero(shard_of(ids.numpy(), world_size) == rank)) for ids in held]
+        ids, order = torch.cat([ids[place] for ids, place in zip(held, places, strict=True)]).sort()
+        if bool((ids.diff() == 0).any()):
+            twice = int(ids[1:][ids.diff() == 0][0])
             raise CheckpointError(f"id {twice} is held by two of the {len(states)} states: each id has one owner")
-        owners = torch.from_numpy(shard_of(ordered.numpy(), world_size))
-        places = [order[owners == rank] for rank in range(world_size)]
+        shard[id_key] = ids
         for key in keys:
-            merged = torch.cat([state[key] for state in states])
-            for shard, place in zip(shards, places, strict=True):
-                shard[key] = merged[place]
+            if key != id_key:
+                shard[key] = torch.cat([state[key][place] for state, place in zip(states, places, strict=True)])[order]
     if COUNTERS in states[0]:
-        for shard in shards:
-            shard[COUNTERS] = _added([state[COUNTERS] for state in states])
-    return shards
+        shard[COUNTERS] = _added([state[COUNTERS] for state in states])
+    return shard
 
 
 def _families(state: Mapping[str, Tensor]) -> dict[str, list[str]]:

@@ -1,0 +1,48 @@
+"""Weights of the best epoch, and how a model takes weights."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ninerank.errors import CheckpointError
+from ninerank.training import sealed
+from ninerank.training.checkpoint.archive import Archive, save_archive
+from ninerank.training.checkpoint.peers import Peers
+from ninerank.training.checkpoint.tree import Tree
+
+__all__ = ["BestWeights", "load_weights"]
+
+
+class BestWeights:
+    """Weights of the best epoch so far, replaced in one rename while others may read them."""
+
+    def __init__(self, directory: Path, *, spec_digest: str, peers: Peers | None = None) -> None:
+        self.directory = directory
+        self.spec_digest = spec_digest
+        self.peers = peers or Peers()
+
+    def save(self, weights: Tree, *, epoch: int) -> None:
+        """Write the weights of all processes; returns when they are there. Raises CheckpointError if they cannot be written."""
+
+        def publish(draft: sealed.Draft, extra: dict[str, object]) -> None:
+            draft.release(extra | {"epoch": epoch})
+            sealed.recover(self.directory.parent, self.directory.name)
+
+        save_archive(self.directory, {"model": weights}, {}, publish, spec_digest=self.spec_digest, peers=self.peers)
+
+    def open(self) -> Archive:
+        """The verified weights, to be read block by block; raises CheckpointError as `load` does."""
+        return Archive.open(self.directory, spec_digest=self.spec_digest, peers=self.peers)
+
+    def load(self) -> Mapping[str, Tensor]:
+        """All weights, whole, in new host memory. Raises CheckpointError if they are missing, damaged or of another spec."""
+        return self.open().section("model")
+
+
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
+    """Load a whole state dict; raises CheckpointError naming `what` if a tensor is missing, left over or of another shape."""
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{what}: does not fit the model of the recipe: {' '.join(str(error).split())}") from None
