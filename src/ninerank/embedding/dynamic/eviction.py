@@ -50,7 +50,7 @@ class Capacity(Config):
 EvictionConfig = Annotated[LastSeen | LeastFrequent | Capacity, Field(discriminator="kind")]
 
 
-def smallest(count: int, *keys: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:
+def smallest(count: int, *keys: npt.NDArray[np.number[Any]]) -> npt.NDArray[np.int64]:
     """Positions of the `count` smallest entries by the first key, ties by the next one, and so on; O(n) a key, in no order.
 
     >>> sorted(smallest(2, np.array([3, 1, 1, 1]), np.array([0, 9, 7, 8])).tolist())

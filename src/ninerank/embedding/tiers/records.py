@@ -1,0 +1,136 @@
+"""One row's values and optimizer state, of all groups, as one record of 32-bit words.
+
+    | value.deep (D) | state.deep.sum (1) | value.linear (1) | state.linear.sum (1) |
+
+A row that comes or goes then costs one access to the backing store, where a file or an array per column would cost one each; on disk
+that is one page instead of as many as there are columns. A column is a view of the records, with the width of a record between its rows.
+
+R rows of a table, K moved rows, W words of a record, D embedding dim of a group.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ninerank.embedding.dynamic.idmap import Ints
+from ninerank.embedding.dynamic.native import prefetch
+from ninerank.embedding.table import initial_rows
+from ninerank.features.native import jit
+from ninerank.fusion.kernels.embedding_update import RowOptimizer
+
+__all__ = ["Record", "RecordColumn", "Words", "gather", "scatter", "start_blocks"]
+
+Words = npt.NDArray[np.int32]
+
+WORD_BYTES = 4
+WORDS_PER_LINE = 16
+ROWS_AHEAD = 8
+
+
+@dataclass(frozen=True)
+class RecordColumn:
+    """Place of one column in a record. width: numbers a row, 0 for one number without a dimension of its own."""
+
+    name: str
+    first_word: int
+    width: int
+    dtype: torch.dtype
+
+    @property
+    def num_words(self) -> int:
+        return max(self.width, 1)
+
+    def of(self, records_KW: Tensor) -> Tensor:
+        """View (K, width) or (K,) of the column."""
+        words = records_KW[:, self.first_word : self.first_word + self.num_words].view(self.dtype)
+        return words if self.width else words[:, 0]
+
+
+@dataclass(frozen=True)
+class Record:
+    """Columns of a record, in their order."""
+
+    columns: tuple[RecordColumn, ...]
+
+    @classmethod
+    def of(cls, dims: Mapping[str, int], optimizer: RowOptimizer) -> "Record":
+        columns: list[RecordColumn] = []
+        for group, dim in dims.items():
+            values = torch.empty(1, dim)
+            states = optimizer.new_state(values, torch.ones(1))
+            named = [(f"value.{group}", values), *((f"state.{group}.{n}", s) for n, s in zip(optimizer.state_names, states, strict=True))]
+            for name, tensor in named:
+                if tensor.dtype.itemsize != WORD_BYTES:
+                    raise ValueError(f"{name} is {tensor.dtype}; records are made of numbers of {WORD_BYTES} bytes")
+                first = columns[-1].first_word + columns[-1].num_words if columns else 0
+                columns.append(RecordColumn(name, first, tensor.shape[1] if tensor.dim() == 2 else 0, tensor.dtype))
+        return cls(tuple(columns))
+
+    @property
+    def num_words(self) -> int:
+        return self.columns[-1].first_word + self.columns[-1].num_words
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_words * WORD_BYTES
+
+    def split(self, records_KW: Tensor) -> dict[str, Tensor]:
+        """Views of all columns."""
+        return {column.name: column.of(records_KW) for column in self.columns}
+
+    def pack(self, columns: Mapping[str, Tensor]) -> Tensor:
+        """Records (K, W) int32 of columns that have K rows each."""
+        return torch.cat([columns[column.name].view(torch.int32).reshape(-1, column.num_words) for column in self.columns], dim=1)
+
+
+def start_blocks(
+    record: Record, dims: Mapping[str, int], optimizer: RowOptimizer, lr: float, *, seed: int, table: str, num_rows: int, std: float
+) -> Iterator[tuple[int, Words]]:
+    """Blocks (first row, records) of a table's start: the values of `initial_rows` and the optimizer's state for them."""
+    lr_1 = torch.tensor([lr])
+    blocks = [initial_rows(seed, group, table, num_rows, dim, std) for group, dim in dims.items()]
+    for drawn in zip(*blocks, strict=True):
+        columns = {}
+        for group, (_, values) in zip(dims, drawn, strict=True):
+            columns[f"value.{group}"] = torch.from_numpy(values)
+            states = optimizer.new_state(columns[f"value.{group}"], lr_1)
+            columns |= {f"state.{group}.{name}": state for name, state in zip(optimizer.state_names, states, strict=True)}
+        yield drawn[0][0], record.pack(columns).numpy()
+
+
+@jit
+def _gather(records, rows, out):  # type: ignore[no-untyped-def]
+    count, width = out.shape
+    for i in range(count):
+        if i + ROWS_AHEAD < count:
+            for word in range(0, width, WORDS_PER_LINE):
+                prefetch(records, rows[i + ROWS_AHEAD] * width + word)
+        row = rows[i]
+        for word in range(width):
+            out[i, word] = records[row, word]
+
+
+@jit
+def _scatter(records, rows, values):  # type: ignore[no-untyped-def]
+    count, width = values.shape
+    for i in range(count):
+        if i + ROWS_AHEAD < count:
+            for word in range(0, width, WORDS_PER_LINE):
+                prefetch(records, rows[i + ROWS_AHEAD] * width + word)
+        row = rows[i]
+        for word in range(width):
+            records[row, word] = values[i, word]
+
+
+def gather(records: Words, rows: Ints, out: Words) -> None:
+    """out[i] = records[rows[i]], without the GIL; rows lie within the table."""
+    _gather(records, rows, out)
+
+
+def scatter(records: Words, rows: Ints, values: Words) -> None:
+    """records[rows[i]] = values[i], without the GIL; rows are distinct and lie within the table."""
+    _scatter(records, rows, values)
