@@ -15,6 +15,7 @@ from ninerank.fusion.kernels.embedding_reduce import embedding_reduce
 from ninerank.fusion.kernels.embedding_sequence import embedding_sequence
 from ninerank.fusion.kernels.embedding_update import FTRL, SGD, Adagrad, Adam, RowOptimizer, RowwiseAdagrad, embedding_update
 from ninerank.fusion.kernels.launch import Tile
+from ninerank.fusion.kernels.quantized_rows import quantized_rows, row_bytes
 
 DEVICE = torch.device(os.environ.get("NINERANK_TRITON_DEVICE", "cpu"))
 BLOCK = Tile.of(16, "cuda").rows
@@ -94,6 +95,25 @@ def test_embedding_sequence(table: torch.dtype, dim: int, max_length: int | None
 def test_empty_sequences() -> None:
     weight, rows, offsets = _on_device(torch.ones(4, 16), torch.zeros(0, dtype=torch.int32), torch.zeros(4, dtype=torch.int64))
     assert not embedding_sequence(weight, rows, offsets, 2, kernel="triton").any()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dim", [1, 2, 15, 16, 64])
+@pytest.mark.parametrize("count", [0, 1, BLOCK, BLOCK + 1, 3 * BLOCK - 1])
+def test_quantized_rows(bits: int, dim: int, count: int) -> None:
+    generator = _draw(dim)
+    storage = torch.randint(0, 256, (40, row_bytes(dim, bits)), generator=generator, dtype=torch.uint8)
+    storage.view(torch.float32)[:, :2] = torch.randn(40, 2, generator=generator)
+    rows = torch.randint(0, 40, (count,), generator=generator).to(torch.int32 if dim > 2 else torch.int64)
+    storage_, rows_ = _on_device(storage, rows)
+    found = quantized_rows(storage_, rows_, dim, bits, kernel="triton")
+    torch.testing.assert_close(found.cpu(), quantized_rows(storage, rows, dim, bits, kernel="torch"), rtol=2e-7, atol=6e-5)
+
+
+def test_quantized_rows_that_are_not_there_are_zero() -> None:
+    storage, rows = _on_device(torch.full((3, row_bytes(16, 8)), 1, dtype=torch.uint8), torch.tensor([-1, 3, 2], dtype=torch.int32))
+    found = quantized_rows(storage, rows, 16, 8, kernel="triton")
+    assert found.any(dim=1).tolist() == [False, False, True]
 
 
 @pytest.mark.parametrize("entries", [0, 1, 200, 5000])

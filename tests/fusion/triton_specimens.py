@@ -10,6 +10,8 @@ from typing import Any
 from ninerank.fusion.kernels.embedding_bag.triton import gather_kernel, pool_kernel
 from ninerank.fusion.kernels.embedding_update.triton import update_kernel
 from ninerank.fusion.kernels.launch import Tile
+from ninerank.fusion.kernels.quantized_rows import code_bytes, row_bytes
+from ninerank.fusion.kernels.quantized_rows.triton import quantized_kernel
 
 POINTER = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}
 TABLE_DIMS = [("fp32", 1), ("fp32", 16), ("fp16", 16), ("bf16", 64), ("fp32", 10), ("fp32", 512)]
@@ -32,6 +34,9 @@ def specimens(device_type: str) -> Iterator[Specimen]:
         yield from _lookups(table, dim, shape)
         for optimizer in ("sgd", "adagrad", "rowwise_adagrad", "adam", "ftrl"):
             yield from _updates(table, dim, shape, optimizer)
+    for dim in (1, 15, 16, 64, 512):
+        for bits in (8, 4):
+            yield from _quantized(dim, bits, device_type)
 
 
 def _lookups(table: str, dim: int, shape: dict[str, int]) -> Iterator[Specimen]:
@@ -53,6 +58,17 @@ def _lookups(table: str, dim: int, shape: dict[str, int]) -> Iterator[Specimen]:
                 {"table": pointer, **indices, "share": "*fp32" if scaled else rows, "out": "*fp32", **counts},
                 {**shape, "HAS_SCALE": scaled, "HAS_SHARE": scaled, "WIDE": wide},
             )
+
+
+def _quantized(dim: int, bits: int, device_type: str) -> Iterator[Specimen]:
+    piece = code_bytes(dim, bits)
+    tile = Tile.of(piece, device_type)
+    shape = {"DIM": dim, "PIECE": piece, "STRIDE": row_bytes(dim, bits), "HALVES": bits == 4, "BLOCK": tile.rows, "COLUMNS": tile.columns}
+    for wide in (False, True) if dim == 16 else (False,):
+        numbers = {"scale": "*fp32", "bias": "*fp32", "out": "*fp32", "num_outputs": "i32", "num_rows": "i64" if wide else "i32"}
+        rows = "*i64" if wide else "*i32"
+        signature = {"codes": "*u8", "rows": rows, **numbers}
+        yield Specimen(f"quantized-int{bits}-{dim}-{rows[1:]}", quantized_kernel, signature, {**shape, "WIDE": wide})
 
 
 def _updates(table: str, dim: int, shape: dict[str, int], optimizer: str) -> Iterator[Specimen]:

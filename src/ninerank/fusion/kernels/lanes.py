@@ -28,10 +28,10 @@ from numba.extending import intrinsic, models, overload, register_model
 
 from ninerank.fusion.kernels.jit import CACHE_LINE_BYTES, jit_inline
 
-__all__ = ["Arithmetic", "arithmetic", "row_buffer"]
+__all__ = ["Arithmetic", "arithmetic", "code_loads", "row_buffer"]
 
 WIDTHS = (8, 4)
-FLOAT, INT16, INT32 = ir.FloatType(), ir.IntType(16), ir.IntType(32)
+FLOAT, INT8, INT16, INT32 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32)
 
 
 class Lanes(types.Type):
@@ -74,10 +74,9 @@ class Arithmetic:
 @cache
 def arithmetic(fixed: int, dtype: torch.dtype) -> Arithmetic:
     """Arithmetic for kernels of a fixed dim (0: any dim, one column at a time) on tables of `dtype`."""
-    width = next((width for width in WIDTHS if fixed and fixed % width == 0), 1)
-    value: Any = types.float32 if width == 1 else Lanes(width)
+    value = _value(fixed)
     return Arithmetic(
-        width=width,
+        width=value.width if isinstance(value, Lanes) else 1,
         load=_load(value, dtype),
         store=_store(value, dtype),
         get=_load(value, torch.float32),
@@ -90,6 +89,12 @@ def arithmetic(fixed: int, dtype: torch.dtype) -> Arithmetic:
         signed=_function(value, "copysign", 2),
         total=_total(value),
     )
+
+
+def _value(fixed: int) -> Any:
+    """Numba type of a value in kernels of a fixed dim."""
+    width = next((width for width in WIDTHS if fixed and fixed % width == 0), 1)
+    return types.float32 if width == 1 else Lanes(width)
 
 
 def _shaped(element: Any, value: Any) -> Any:
@@ -144,6 +149,32 @@ def _store(value: Any, dtype: torch.dtype) -> Any:
         return types.void(table, types.int64, value), generate
 
     return store
+
+
+@cache
+def code_loads(fixed: int) -> tuple[Any, Any, Any]:
+    """Compiled `(table, index) -> value` of unsigned bytes as float32: the whole bytes, their low halves, their high halves."""
+    value = _value(fixed)
+
+    def load_by(part: Callable[[Any, Any], Any]) -> Any:
+        @intrinsic
+        def load(typing_context: Any, table: Any, index: Any) -> Any:
+            _check_contiguous(table)
+
+            def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+                address = _address(context, builder, signature.args[0], arguments[0], arguments[1], _shaped(INT8, value))
+                code = part(builder, builder.zext(builder.load(address, align=1), _shaped(INT32, value)))
+                return builder.sitofp(code, _shaped(FLOAT, value))
+
+            return value(table, types.int64), generate
+
+        return load
+
+    return (
+        load_by(lambda builder, code: code),
+        load_by(lambda builder, code: builder.and_(code, _constant(INT32, value, 15))),
+        load_by(lambda builder, code: builder.lshr(code, _constant(INT32, value, 4))),
+    )
 
 
 def _each(value: Any) -> Any:
