@@ -7,7 +7,7 @@ timed. FBGEMM runs without its bounds checks; ours keeps them on.
     forward_vs_fbgemm ...     their time over ours, uniform ids, pooling 1, dim 16
     share_of_bandwidth ...    bytes that must move over a copy's bandwidth, over our time: 1 is the limit of the memory
 
-    python bench/embedding.py             the ratios above, then all of ids x pooling x dim (about 10 minutes)
+    python bench/embedding.py             the ratios above, then all of ids x pooling x dim (about 5 minutes on two quiet cores)
     python bench/embedding.py --headline  the ratios alone
 """
 
@@ -197,7 +197,7 @@ def main() -> None:
                 result.ratio(f"{kind}_vs_fbgemm", times["fbgemm"].p50_ms / times["ours"].p50_ms)
         for case in () if options.headline else grid:
             if case != headline:
-                for kind, times in measure(case, rounds=10 if case.pooling == 1 else 4, warmup=1):
+                for kind, times in measure(case, rounds=10 if case.pooling == 1 else 3, warmup=1):
                     record(result, case, kind, times, bandwidth)
 
 
