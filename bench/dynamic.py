@@ -22,8 +22,7 @@ import numpy.typing as npt
 import torch
 
 from harness import Result, interleave
-from ninerank.embedding.dynamic import DynamicTable, DynamicTableConfig, IdMap
-from ninerank.embedding.dynamic.fused import FusedRule
+from ninerank.embedding.dynamic import DynamicTable, DynamicTableConfig, FusedRule, IdMap
 from ninerank.fusion.kernels.embedding_update import RowwiseAdagrad
 
 Ints = npt.NDArray[np.int64]

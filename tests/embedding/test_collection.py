@@ -113,10 +113,10 @@ def test_gradients_of_both_modes_agree_and_check_numerically(spec: FeatureSpec, 
     loss(sparse).backward()
     loss(dense).backward()
     for (_, a), (_, b) in zip(sparse.named_groups(), dense.named_groups(), strict=True):
-        merged = a.gradients.merged()
-        assert merged is not None
+        summed = a.gradients.coalesced(a.layout.total_rows)
+        assert summed is not None
         assert b.storage.grad is not None
-        row_K, grad_KD = merged
+        row_K, grad_KD = summed.rows_N, summed.grad_GD
         assert torch.equal(row_K, row_K.unique())
         torch.testing.assert_close(torch.zeros_like(b.storage).index_copy(0, row_K, grad_KD), b.storage.grad, atol=1e-5, rtol=1e-5)
     dense.double()
@@ -137,14 +137,14 @@ def test_gradients_of_both_modes_agree_and_check_numerically(spec: FeatureSpec, 
 def test_untouched_rows_take_no_sparse_gradient(spec: FeatureSpec, make_batch: MakeBatch) -> None:
     batch, collection = make_batch(spec, 3, most=2), collection_of(spec)
     sum(v.sum() for k, v in collection(batch).items() if v.is_floating_point() and k != "dense").backward()  # type: ignore[union-attr]
-    merged = collection.named_groups()[0][1].gradients.merged()
-    assert merged is not None
+    pending = collection.named_groups()[0][1].gradients
+    assert pending
     touched = set()
     for block in (batch.request, batch.item):
         for part in (block.single, block.bags, block.sequences):
             for key, ids in part.items():
                 touched |= {collection.layout.rows_of(str(spec.table_of(key))).start + i for i in ids.values.tolist()}
-    assert set(merged[0].tolist()) == touched
+    assert set(pending.rows().tolist()) == touched
 
 
 def test_lookup_without_gradient_records_nothing(spec: FeatureSpec, make_batch: MakeBatch) -> None:
@@ -152,7 +152,7 @@ def test_lookup_without_gradient_records_nothing(spec: FeatureSpec, make_batch: 
     with torch.no_grad():
         out = collection(make_batch(spec, 3))
     assert not out["deep"].requires_grad
-    assert collection.named_groups()[0][1].gradients.merged() is None
+    assert not collection.named_groups()[0][1].gradients
     assert not [p for p in collection.parameters() if p.requires_grad]
 
 

@@ -16,10 +16,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from ninerank.embedding import rowfile
 from ninerank.embedding.changes import Changes, Column, RowBlock, StaticTracker
 from ninerank.embedding.delta import Delta, DeltaManifest, DeltaWriter, Position, Replica
-from ninerank.embedding.dynamic import Capacity, DynamicSource, DynamicTable, DynamicTableConfig, Frequency, LastSeen, SparseRule
-from ninerank.embedding.optimizer import SparseOptimizerConfig
+from ninerank.embedding.dynamic import Capacity, DynamicSource, DynamicTable, DynamicTableConfig, Frequency, FusedRule, LastSeen
 from ninerank.embedding.table import TableLayout
 from ninerank.errors import BundleError
+from ninerank.fusion.kernels.embedding_update import Adagrad
 
 IDS = [0, -1, 2**63 - 1, -(2**63), *range(1, 16), *(n << 50 for n in range(1, 5))]
 LAYOUT = TableLayout.of({"user": 7, "country": 3})
@@ -33,7 +33,7 @@ def dynamic_table(seed: int = 0) -> DynamicTable:
         reserve_rows=4,
         track_changes=True,
     )
-    rule_ = SparseRule(SparseOptimizerConfig(kind="adagrad", lr=0.3), "item")
+    rule_ = FusedRule(Adagrad(), 0.3)
     return DynamicTable("item", {"deep": 3, "linear": 1}, config, seed=seed, rule=rule_)
 
 

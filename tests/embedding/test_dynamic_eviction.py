@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ninerank.embedding.dynamic import Capacity, DynamicTable, DynamicTableConfig, LastSeen, LeastFrequent, SparseRule
+from ninerank.embedding.dynamic import Capacity, DynamicTable, DynamicTableConfig, FusedRule, LastSeen, LeastFrequent
 from ninerank.embedding.dynamic.eviction import EvictionConfig, smallest
-from ninerank.embedding.optimizer import SparseOptimizerConfig
+from ninerank.fusion.kernels.embedding_update import RowwiseAdagrad
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), max_size=40), st.integers(-1, 45))
@@ -116,7 +116,7 @@ def test_nothing_is_given_up_in_the_middle_of_a_step() -> None:
 
 def test_a_step_does_not_end_with_gradients_left() -> None:
     """Their rows might belong to other ids when they are applied."""
-    rule = SparseRule(SparseOptimizerConfig(), "t")
+    rule = FusedRule(RowwiseAdagrad(), 0.05)
     table = DynamicTable("t", {"deep": 2}, DynamicTableConfig(reserve_rows=8), seed=0, rule=rule)
     for settle in (table.update, table.zero_grad):
         rows = table.lookup(torch.tensor([1]), train=True, step=0)

@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ninerank.embedding.dynamic import DynamicTable, DynamicTableConfig, SparseRule, initial_values
-from ninerank.embedding.dynamic.fused import FusedRule
-from ninerank.embedding.optimizer import SparseOptimizerConfig
+from ninerank.embedding.dynamic import DynamicTable, DynamicTableConfig, FusedRule, initial_values
 from ninerank.fusion.kernels.embedding_update import FTRL, SGD, Adagrad, Adam, RowOptimizer, RowwiseAdagrad
 
 OPTIMIZERS: list[RowOptimizer] = [SGD(), Adagrad(initial_accumulator=0.2), RowwiseAdagrad(), Adam(), FTRL(l1=0.01, initial_accumulator=0.1)]
@@ -27,19 +25,6 @@ def train(table: DynamicTable, place: np.ndarray, grad_ND: torch.Tensor, step: i
 def batches(steps: int = 20) -> list[tuple[np.ndarray, torch.Tensor]]:
     rng = np.random.default_rng(0)
     return [(rng.integers(0, len(IDS), 9), torch.from_numpy(rng.standard_normal((9, 4)).astype(np.float32))) for _ in range(steps)]
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "kind"),
-    [(SGD(weight_decay=0.01), "sgd"), (Adagrad(weight_decay=0.01), "adagrad"), (RowwiseAdagrad(weight_decay=0.01), "rowwise_adagrad")],
-)
-def test_equals_the_plain_rule(optimizer: RowOptimizer, kind: str) -> None:
-    fused = make(FusedRule(optimizer, 0.1))
-    plain = make(SparseRule(SparseOptimizerConfig.parse({"kind": kind, "lr": 0.1, "weight_decay": 0.01}, "test"), "item"))
-    for step, (place, grad_ND) in enumerate(batches()):
-        for table in (fused, plain):
-            train(table, place, grad_ND, step)
-    torch.testing.assert_close(fused.state()["value.deep"], plain.state()["value.deep"], rtol=1e-5, atol=1e-6)
 
 
 def test_adam_equals_torch_where_every_row_is_touched() -> None:

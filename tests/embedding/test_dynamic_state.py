@@ -11,14 +11,14 @@ from ninerank.embedding.dynamic import (
     DynamicTable,
     DynamicTableConfig,
     Frequency,
+    FusedRule,
     LastSeen,
-    SparseRule,
     reshard,
     shard_of,
 )
 from ninerank.embedding.dynamic.admission import AdmissionConfig
-from ninerank.embedding.optimizer import SparseOptimizerConfig
 from ninerank.errors import CheckpointError
+from ninerank.fusion.kernels.embedding_update import row_optimizers
 
 ADMISSIONS = [Always(), Frequency(threshold=3), Frequency(threshold=3, counter=BloomCounter(expected_ids=10_000, false_positive_rate=1e-4))]
 
@@ -27,7 +27,7 @@ SHARDS = [266, 875, 163, 958, 495]
 
 def make(admission: AdmissionConfig, kind: str = "adagrad", dim: int = 3) -> DynamicTable:
     config = DynamicTableConfig(admission=admission, eviction=(LastSeen(max_age=9),), evict_every=4, reserve_rows=256, init_std=0.5)
-    rule = SparseRule(SparseOptimizerConfig.parse({"kind": kind, "lr": 0.1}, "test"), "t")
+    rule = FusedRule(row_optimizers()[kind](), 0.1)
     return DynamicTable("t", {"deep": dim, "linear": 1}, config, seed=1, rule=rule)
 
 

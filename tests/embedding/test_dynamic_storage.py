@@ -8,9 +8,9 @@ import pytest
 
 from ninerank.embedding.dynamic import IdMap, reserve
 from ninerank.embedding.dynamic.reserve import Region, RowArray
-from ninerank.embedding.dynamic.rules import SparseRule
+from ninerank.embedding.dynamic.rules import FusedRule
 from ninerank.embedding.dynamic.storage import RowStorage
-from ninerank.embedding.optimizer import SparseOptimizerConfig
+from ninerank.fusion.kernels.embedding_update import RowwiseAdagrad
 
 
 def resident_bytes() -> int:
@@ -120,7 +120,7 @@ def test_more_than_the_address_space_is_a_memory_error() -> None:
 
 
 def test_rows_given_up_are_given_out_first() -> None:
-    rule = SparseRule(SparseOptimizerConfig(initial_accumulator=0.5), "t")
+    rule = FusedRule(RowwiseAdagrad(initial_accumulator=0.5), 0.05)
     storage = RowStorage("t", {"deep": 2}, rule, std=1.0, seed=0, rows=4)
     storage.ensure(10)
     assert storage.num_rows == 10
@@ -152,10 +152,10 @@ def test_twenty_million_ids() -> None:
     """20 million ids at dim 8 with row-wise Adagrad: bytes as the documentation adds them up, the right rows, fit for 100 million."""
     import torch
 
-    from ninerank.embedding.dynamic import DynamicTable, DynamicTableConfig, SparseRule, initial_values
-    from ninerank.embedding.optimizer import SparseOptimizerConfig
+    from ninerank.embedding.dynamic import DynamicTable, DynamicTableConfig, FusedRule, initial_values
+    from ninerank.fusion.kernels.embedding_update import RowwiseAdagrad
 
-    table = DynamicTable("item", {"deep": 8}, DynamicTableConfig(), seed=1, rule=SparseRule(SparseOptimizerConfig(), "item"))
+    table = DynamicTable("item", {"deep": 8}, DynamicTableConfig(), seed=1, rule=FusedRule(RowwiseAdagrad(), 0.05))
     before, count, block = resident_bytes(), 20_000_000, 1_000_000
     ids = torch.arange(count) * 2_654_435_761 - (1 << 40)
     for step, part in enumerate(ids.split(block)):

@@ -18,15 +18,15 @@ from ninerank.embedding.dynamic import (
     DynamicTable,
     DynamicTableConfig,
     Frequency,
+    FusedRule,
     LastSeen,
     Probability,
-    SparseRule,
     initial_values,
     shard_of,
 )
 from ninerank.embedding.dynamic.admission import AdmissionConfig
-from ninerank.embedding.optimizer import SparseOptimizerConfig
 from ninerank.errors import DataError, SpecError
+from ninerank.fusion.kernels.embedding_update import row_optimizers
 
 SMALLEST, GREATEST = -(2**63), 2**63 - 1
 DIMS = {"deep": 3, "linear": 1}
@@ -39,7 +39,7 @@ def ids_tensor(ids: list[int]) -> Tensor:
 
 def make(kind: str = "rowwise_adagrad", seed: int = 3, **settings: object) -> DynamicTable:
     config = DynamicTableConfig(**{"reserve_rows": 64, "init_std": 0.5, **settings})  # type: ignore[arg-type]
-    return DynamicTable("item", DIMS, config, seed=seed, rule=SparseRule(SparseOptimizerConfig(kind=kind, lr=0.5), "item"))  # type: ignore[arg-type]
+    return DynamicTable("item", DIMS, config, seed=seed, rule=FusedRule(row_optimizers()[kind](), 0.5))
 
 
 def train(table: DynamicTable, ids: list[int], step: int, weights: list[float] | None = None) -> Tensor:
@@ -175,11 +175,12 @@ TestTableMachine.settings = settings(max_examples=30, stateful_step_count=25, de
 @pytest.mark.parametrize("weight_decay", [0.0, 0.01])
 def test_updates_equal_torch(kind: str, weight_decay: float) -> None:
     """A dense table of the same ids, trained by the textbook formula."""
-    config = SparseOptimizerConfig.parse({"kind": kind, "lr": 0.1, "weight_decay": weight_decay, "initial_accumulator": 0.3}, "test")
-    table = DynamicTable("item", {"deep": 4}, DynamicTableConfig(reserve_rows=8), seed=0, rule=SparseRule(config, "item"))
+    settings = {} if kind == "sgd" else {"initial_accumulator": 0.3}
+    rule = FusedRule(row_optimizers()[kind](weight_decay=weight_decay, **settings), 0.1)
+    table = DynamicTable("item", {"deep": 4}, DynamicTableConfig(reserve_rows=8), seed=0, rule=rule)
     ids = np.array([5, -5, 1 << 60, 0])
     dense = torch.from_numpy(initial_values(ids, 4, seed=0, group="deep", table="item", std=0.01))
-    total = torch.full((4, 4 if kind == "adagrad" else 1), 0.3)
+    total = torch.full((4, 4) if kind == "adagrad" else (4,), 0.3)
     rng = np.random.default_rng(0)
     for step in range(30):
         place = rng.integers(0, 4, 7)
@@ -192,7 +193,7 @@ def test_updates_equal_torch(kind: str, weight_decay: float) -> None:
             gradient = grad_ND[torch.from_numpy(place == row)].sum(0) + weight_decay * dense[row]
             if kind != "sgd":
                 total[row] += gradient.square() if kind == "adagrad" else gradient.square().mean()
-                gradient = gradient / (total[row].sqrt() + config.eps)
+                gradient = gradient / (total[row].sqrt() + 1e-8)
             dense[row] -= 0.05 * gradient
     order = np.argsort(ids)
     torch.testing.assert_close(table.state()["value.deep"], dense[order], rtol=1e-5, atol=1e-6)

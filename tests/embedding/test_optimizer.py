@@ -78,7 +78,9 @@ def test_follows_the_stated_formula_row_by_row(
 ) -> None:
     """Float64, one row at a time; rows that no id names keep their bits."""
     collection, dense = collection_of(spec), collection_of(spec, "dense")
-    config = {"kind": kind, "lr": 0.1, "eps": 1e-2, "weight_decay": decay, "initial_accumulator": start, "table_lr": table_lr}
+    config: dict[str, object] = {"kind": kind, "lr": 0.1, "weight_decay": decay, "table_lr": table_lr}
+    if kind != "sgd":
+        config |= {"eps": 1e-2, "initial_accumulator": start}
     optimizer = optimizer_of(collection, **config)
     optimizer.lr_scale = scale
     want = {key: value.double().clone() for key, value in dense.state_dict().items()}
@@ -218,6 +220,9 @@ def test_wrong_settings_are_refused(spec: FeatureSpec) -> None:
         optimizer_of(collection_of(spec), table_lr={"itm": 0.1})
     with pytest.raises(SpecError, match="item = nan"):
         optimizer_of(collection_of(spec), table_lr={"item": float("nan")})
-    for bad in ({"lr": 0.0}, {"lr": float("inf")}, {"kind": "adam"}, {"eps": 0.0}, {"weight_decay": -1.0}, {"learning_rate": 1.0}):
+    wrong = ({"lr": 0.0}, {"lr": float("inf")}, {"kind": "adamw"}, {"eps": 0.0}, {"weight_decay": -1.0}, {"learning_rate": 1.0})
+    for bad in (*wrong, {"table_lr": 1}, {"beta2": 1.0}):
         with pytest.raises(SpecError):
             SparseOptimizerConfig.parse(bad, "optimizer")
+    with pytest.raises(SpecError, match="'eps' is no setting of sgd, which takes lr, table_lr, max_gradient"):
+        SparseOptimizerConfig.parse({"kind": "sgd", "eps": 0.1}, "optimizer")

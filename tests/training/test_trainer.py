@@ -18,6 +18,14 @@ from ninerank.training.trainer import Trainer
 
 MODES = {
     "sparse": ["embedding.mode=sparse", "optimizer.sparse={kind: rowwise_adagrad, lr: 0.1}"],
+    "dynamic": [
+        "spec.features.0.encoding={kind: dynamic}",
+        "spec.features.1.encoding={kind: dynamic}",
+        "spec.features.2.encoding={kind: dynamic, seed: 3}",
+        "embedding.dynamic={admission: {kind: frequency, threshold: 2}}",
+        "embedding.tables.item={eviction: [{kind: capacity, max_rows: 20}], evict_every: 3}",
+        "optimizer.sparse={kind: adam, lr: 0.01}",
+    ],
     "dense": ["embedding={mode: dense, l2: 0.001}", "schedule.lr={kind: reduce_on_plateau}"],
     "streamed": ["data.cache_bytes=0", "schedule.lr={kind: cosine, warmup_steps: 4}", "data.prefetch=0"],
 }
@@ -56,7 +64,9 @@ def crash(trainer: Trainer) -> None:
 
 
 def without_times(metrics: dict) -> dict:
-    return {key: value for key, value in metrics.items() if key not in {"seconds", "samples_per_s"}}
+    return {
+        key: value for key, value in metrics.items() if key not in {"seconds", "samples_per_s", "tables"}
+    }  # tables: traffic of this process
 
 
 @pytest.mark.parametrize("mode", MODES)

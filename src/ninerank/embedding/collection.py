@@ -3,8 +3,8 @@
 Shape legend: B scored rows, Fd dense features, Fs pooled fields, L sequence length, D embedding dim of a group.
 """
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -12,16 +12,17 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ninerank.config import Config
+from ninerank.embedding.dynamic.config import DynamicTableConfig
+from ninerank.embedding.dynamic.table import DynamicTable
 from ninerank.embedding.index import BatchIndex
-from ninerank.embedding.rows import SideRows
+from ninerank.embedding.managed import ManagedTable
+from ninerank.embedding.part import SIDES, ManagedRows, Part, pooled_keys, prepared
 from ninerank.embedding.table import TableGroup, TableLayout
-from ninerank.errors import DataError, SpecError
+from ninerank.errors import CheckpointError, DataError, SpecError, nearest
 from ninerank.features.batch import Batch, Block
-from ninerank.features.spec import FeatureSpec, IdFeature, SequenceFeature, Side
+from ninerank.features.spec import FeatureSpec, Side
 
 __all__ = ["EmbeddingCollection", "EmbeddingConfig", "pooled_keys"]
-
-SIDES: tuple[Side, ...] = ("request", "item")
 
 
 class EmbeddingConfig(Config):
@@ -30,13 +31,16 @@ class EmbeddingConfig(Config):
     mode: `sparse` updates touched rows alone (a sparse optimizer does it); `dense` makes every table an ordinary parameter with a
     gradient of its full size, as the published reference results need. init_std: rows start from N(0, init_std^2).
     l2: lambda of `(lambda / 2) * ||E||^2` over the whole tables, each step; dense mode alone. sequence_length: sequences are padded
-    to the `longest` in the batch, or to their `max` (static shapes).
+    to the `longest` in the batch, or to their `max` (static shapes). dynamic: admission, eviction and start of dynamic tables, whose
+    init_std is this one unless given there; tables: the same for those it names.
     """
 
     mode: Literal["dense", "sparse"] = "sparse"
     init_std: float = Field(default=0.01, ge=0.0, allow_inf_nan=False)
     l2: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     sequence_length: Literal["longest", "max"] = "longest"
+    dynamic: DynamicTableConfig | None = None
+    tables: dict[str, DynamicTableConfig] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _l2_needs_dense(self) -> Self:
@@ -44,16 +48,26 @@ class EmbeddingConfig(Config):
             raise ValueError("l2 over whole tables needs mode 'dense'; in mode 'sparse' give the optimizer a weight_decay (touched rows)")
         return self
 
+    def dynamic_table(self, name: str) -> DynamicTableConfig:
+        """Configuration of dynamic table `name`."""
+        own = self.tables.get(name) or self.dynamic or DynamicTableConfig()
+        return own if "init_std" in own.model_fields_set else own.model_copy(update={"init_std": self.init_std})
 
-def pooled_keys(spec: FeatureSpec) -> tuple[str, ...]:
-    """Names of the pooled fields, in the order of the collection's output: per side single ids, then bags; request side first."""
-    return tuple(key for side in SIDES for key in (*spec.single_keys(side), *spec.bag_keys(side)))
+    def check_tables(self, spec: FeatureSpec) -> None:
+        """Raise SpecError for a name in `tables` that is no dynamic table, or dynamic tables in mode `dense`."""
+        dynamic = [name for name, table in spec.tables.items() if table.is_dynamic]
+        for name in self.tables:
+            if name not in dynamic:
+                raise SpecError(f"embedding.tables: {name!r} is no dynamic table of the spec; {nearest(name, dynamic)}")
+        if dynamic and self.mode == "dense":
+            raise SpecError(f"dynamic tables ({', '.join(dynamic)}) need embedding mode 'sparse': in mode 'dense' a table has a fixed size")
 
 
 class EmbeddingCollection(nn.Module):
-    """Merged tables of every group and the lookup that turns a batch into a tower's inputs.
+    """All tables of a model and the lookup that turns a batch into a tower's inputs.
 
     spec: a fitted spec. groups: dim of each group, e.g. `{"deep": 16, "linear": 1}`; every group holds every table.
+    Static tables are merged in one storage a group; dynamic tables are `managed`, each with a storage of its own.
     The start values depend on seed, group and table name alone. Raises SpecError for a spec that is not fitted.
     """
 
@@ -62,58 +76,104 @@ class EmbeddingCollection(nn.Module):
         if not spec.is_fitted:
             raise SpecError("the feature spec is not fitted: vocabularies and table sizes are unknown; fit it on training data first")
         self.config = config
-        self.layout = TableLayout.of({name: table.num_rows for name, table in spec.tables.items()})
-        table_of = {feature: name for name, table in spec.tables.items() for feature in table.features}
-        self.request, self.item = (self._side(spec, side, table_of) for side in SIDES)
+        self.dims = dict(groups)
+        own = {name: table for name, table in spec.tables.items() if table.is_dynamic}
+        config.check_tables(spec)
+        self.layout = TableLayout.of({name: table.num_rows for name, table in spec.tables.items() if name not in own})
+        self.static = Part(spec, self.layout)
         self.groups = nn.ModuleDict(
             {
                 name: TableGroup.drawn(name, self.layout, dim, sparse=config.mode == "sparse", init_std=config.init_std, seed=seed)
                 for name, dim in groups.items()
             }
         )
+        self.keys = pooled_keys(spec)
+        self.managed: dict[str, ManagedTable] = {}
+        self.parts = nn.ModuleDict()
+        self._expected = {side: (spec.single_keys(side), spec.bag_keys(side), spec.sequence_keys(side)) for side in SIDES}
+        for name in own if groups else ():  # `of_tables` brings its own
+            self.manage(spec, DynamicTable(name, groups, config.dynamic_table(name), seed=seed))
 
     @classmethod
-    def of_tables(cls, spec: FeatureSpec, tables: Mapping[str, Tensor], config: EmbeddingConfig) -> Self:
-        """Collection over given storages (V, D), one a group, which it shares; raises SpecError where V is not the spec's."""
+    def of_tables(
+        cls, spec: FeatureSpec, tables: Mapping[str, Tensor], config: EmbeddingConfig, managed: Sequence[ManagedTable] = ()
+    ) -> Self:
+        """Collection over given storages (V, D), one a group, which it shares, and given managed tables; raises SpecError where V is not
+        the spec's, or a managed table of the spec is not given.
+        """
         collection = cls(spec, {}, config, seed=0)
+        collection.dims = {name: storage_VD.shape[-1] for name, storage_VD in tables.items()}
         for name, storage_VD in tables.items():
             if storage_VD.dim() != 2 or storage_VD.shape[0] != collection.layout.total_rows:
                 raise SpecError(f"group {name!r}: storage is {tuple(storage_VD.shape)}, the spec needs {collection.layout.total_rows} rows")
             collection.groups[name] = TableGroup(name, collection.layout, storage_VD, sparse=config.mode == "sparse")
+        for table in managed:
+            if not (table.name in spec.tables and spec.tables[table.name].is_dynamic):
+                raise SpecError(f"table {table.name!r} is no dynamic table of the spec")
+            collection.manage(spec, table)
+        missing = [name for name, table in spec.tables.items() if table.is_dynamic and name not in collection.managed]
+        if missing:
+            raise SpecError(f"dynamic tables {', '.join(missing)} of the spec were not given")
         return collection
 
-    def _side(self, spec: FeatureSpec, side: Side, table_of: Mapping[str, str]) -> SideRows:
-        def tables(keys: tuple[str, ...]) -> dict[str, str]:
-            return {key: table_of[key] for key in keys}
+    def manage(self, spec: FeatureSpec, table: ManagedTable) -> None:
+        """Look the features of `table.name` up in this table."""
+        self.managed[table.name] = table
+        self.parts[table.name] = Part(spec, TableLayout.of({table.name: 0}))
 
-        own = [feature for feature in spec.features if feature.side == side]
-        return SideRows(
-            self.layout,
-            tables(spec.single_keys(side)),
-            tables(spec.bag_keys(side)),
-            tables(spec.sequence_keys(side)),
-            mean_bags=[f.name for f in own if isinstance(f, IdFeature) and f.multi and f.pooling == "mean"],
-            max_lengths={f.name: f.max_length for f in own if isinstance(f, SequenceFeature)},
-        )
+    def prepare(self, batch: Batch, *, step: int | None = None) -> Batch:
+        """The batch with rows in place of the ids of managed tables; on the host, before it is moved. step: of training, None to read.
+
+        Raises DataError for a batch that does not fit, or that lies on a device.
+        """
+        if not self.managed or batch.is_prepared:
+            return batch
+        if batch.item.dense_RF.device.type != "cpu":
+            raise DataError("a batch for managed tables must be prepared on the host: call prepare() before moving it to a device")
+        self.check(batch)
+        return prepared(batch, [(table, self._part(name)) for name, table in self.managed.items()], step=step)
+
+    def finish_step(self, step: int) -> None:
+        """End training step number `step`: managed tables age, and may give up rows."""
+        for table in self.managed.values():
+            table.finish_step(step)
+
+    def table_metrics(self) -> dict[str, float]:
+        """Figures of managed tables: `table.<name>.<figure>`."""
+        return {name: value for table in self.managed.values() for name, value in table.metrics().items()}
+
+    @property
+    def num_values(self) -> int:
+        """Numbers that the tables hold."""
+        managed = sum(table.num_rows(group) * dim for table in self.managed.values() for group, dim in table.dims.items())
+        return managed + sum(group.storage.numel() for _, group in self.named_groups())
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """A tower's inputs: "dense" (B, Fd); per group "<group>" (B, Fs, D) and "<group>.seq.<name>" (B, L, D); "mask.<name>" (B, L).
 
         Request features come first, then item features; pooled fields are in the order of `pooled_keys`. In a rank call the
         request side is looked up once per request and repeated per candidate afterwards. Ids are checked where they lie on
-        the host; call `check` before moving a batch elsewhere. Raises DataError.
+        the host; call `check` before moving a batch elsewhere. A batch that was not prepared for training reads managed tables as they
+        are. Raises DataError.
         """
+        batch = self.prepare(batch)
         if batch.item.dense_RF.device.type == "cpu":
             self.check(batch)
-        index = BatchIndex(self.request, self.item, batch, pad_to_max=self.config.sequence_length == "max")
         dense_request, dense_item = batch.request.dense_RF, batch.item.dense_RF
         if batch.user_row_B is not None:
             dense_request = dense_request.index_select(0, batch.user_row_B)
         inputs = {"dense": torch.cat([dense_request, dense_item], dim=1)}
-        for name, group in self.named_groups():
-            inputs[name], sequences = index.assemble(group.rows(index.row_N))
-            inputs.update({f"{name}.seq.{key}": rows_BLD for key, rows_BLD in sequences.items()})
-        inputs.update({f"mask.{key}": mask for key, mask in index.masks().items()})
+        parts = {name: self._part(name) for name in self.managed}
+        indices = {name: self._index(part, batch) for name, part in parts.items()}
+        static = self._index(self.static, batch) if self.layout.names else None
+        for name in self.dims:
+            looked_up = [(self.static.keys, *static.assemble(self._group(name)))] if static else []
+            looked_up += [(parts[own].keys, *indices[own].assemble(ManagedRows(table, name))) for own, table in self.managed.items()]
+            inputs[name] = self._in_order([(keys, fields) for keys, fields, _ in looked_up], batch.num_rows, self.dims[name])
+            for _, _, sequences in looked_up:
+                inputs.update({f"{name}.seq.{key}": rows_BLD for key, rows_BLD in sequences.items()})
+        for index in [*([static] if static else []), *indices.values()]:
+            inputs.update({f"mask.{key}": mask for key, mask in index.masks().items()})
         return inputs
 
     def check(self, batch: Batch) -> None:
@@ -126,12 +186,66 @@ class EmbeddingCollection(nn.Module):
             raise DataError(f"user_row_B names a request row for {user_row_B.numel()} candidates, the batch has {num_rows}")
         elif num_rows and not 0 <= int(user_row_B.min()) <= int(user_row_B.max()) < num_requests:
             raise DataError(f"user_row_B spans {int(user_row_B.min())} to {int(user_row_B.max())}, request rows 0 to {num_requests - 1}")
-        sides: tuple[tuple[SideRows, Block], ...] = ((self.request, batch.request), (self.item, batch.item))
-        for side, block in sides:
-            side.check(block)
+        blocks: dict[Side, Block] = {"request": batch.request, "item": batch.item}
+        for side, block in blocks.items():
+            for keys, ids in zip(self._expected[side], (block.single, block.bags, block.sequences), strict=True):
+                if ids.keys != keys:
+                    raise DataError(f"batch holds the features {list(ids.keys)}, this model takes {list(keys)} here")
+        for part in (self.static, *(self._part(name) for name in self.managed)):
+            own = part.select(batch)
+            part.request.check(own.request, ids=part is self.static)
+            part.item.check(own.item, ids=part is self.static)
+
+    def _index(self, part: Part, batch: Batch) -> BatchIndex:
+        return BatchIndex(part.request, part.item, part.select(batch), pad_to_max=self.config.sequence_length == "max")
+
+    def _in_order(self, fields: Sequence[tuple[tuple[str, ...], Tensor | None]], num_rows: int, dim: int) -> Tensor:
+        """Fields (B, Fs, D) of all parts in the order of `pooled_keys`."""
+        held = [(keys, value) for keys, value in fields if value is not None]
+        if not held:
+            return torch.zeros(num_rows, 0, dim)
+        if len(held) == 1:
+            return held[0][1]
+        columns = {key: column for keys, value in held for key, column in zip(keys, value.unbind(1), strict=True)}
+        return torch.stack([columns[key] for key in self.keys], dim=1)
+
+    def _part(self, name: str) -> Part:
+        part = self.parts[name]
+        assert isinstance(part, Part)
+        return part
+
+    def _group(self, name: str) -> TableGroup:
+        group = self.groups[name]
+        assert isinstance(group, TableGroup)
+        return group
 
     def named_groups(self) -> list[tuple[str, TableGroup]]:
         return [(name, group) for name, group in self.groups.items() if isinstance(group, TableGroup)]
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, table in self.managed.items():
+            destination.update({f"{prefix}managed.{name}.{key}": value for key, value in table.values_state().items()})
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        for name, table in self.managed.items():
+            start = f"{prefix}managed.{name}."
+            try:
+                table.load_values({key.removeprefix(start): value for key, value in state_dict.items() if key.startswith(start)})
+            except CheckpointError as error:
+                error_msgs.append(str(error))
+        if strict:
+            known = tuple(f"{prefix}managed.{name}." for name in self.managed)
+            unexpected_keys.extend(key for key in state_dict if key.startswith(f"{prefix}managed.") and not key.startswith(known))
 
     def l2_penalty(self) -> Tensor:
         """(l2 / 2) * ||E||^2 over all rows of all tables of all groups; a scalar."""

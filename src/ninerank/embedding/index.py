@@ -1,47 +1,52 @@
-"""Where each id of a batch lies in the merged storage, and how the looked-up rows become fields and sequences.
+"""From the ids of a batch to the rows of a part's tables, and from looked-up rows back to fields and sequences.
 
-The index of a batch is worked out once and serves every group, since all groups hold the same tables at the same row offsets.
-
-Shape legend: B scored rows, R rows of a block (B, or the requests of a rank call), F features of one kind on one side,
-N ids, Fs pooled fields, L sequence length, D embedding dim.
+Shape legend: R rows of a block (B scored rows or U requests), F features of one kind on one side, M bags (F * R), N ids,
+Fs pooled fields, L sequence length, D embedding dim.
 """
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ninerank.embedding.pooling import Padding, pool_rows
+from ninerank.embedding.pooling import Padding
 from ninerank.embedding.rows import SideRows, lengths_of
 from ninerank.features.batch import Batch, Block
 
-__all__ = ["BatchIndex"]
+__all__ = ["BatchIndex", "Rows"]
+
+
+class Rows(Protocol):
+    """One storage, as `TableGroup` has it."""
+
+    def rows(self, row_N: Tensor) -> Tensor:
+        """Values (N, D) of rows."""
+
+    def pool(self, row_N: Tensor, offsets: Tensor | None, num_features: int, mean_F: Tensor | None = None) -> Tensor:
+        """Bags (B, F, D) of rows."""
 
 
 class BatchIndex:
-    """Storage rows of all ids of a batch in one vector, `row_N`, and the way back from looked-up rows to fields.
+    """Storage rows of all ids of a batch, worked out once for all groups.
 
-    Order: single ids of both sides row by row (side by side for one row where both sides have the same rows), then request
-    bags, item bags, request sequences, item sequences.
+    Single ids of both sides are one lookup where both sides have the same rows; bags are one lookup a side, sequences one in all.
     """
 
     def __init__(self, request: SideRows, item: SideRows, batch: Batch, *, pad_to_max: bool) -> None:
         self._sides = ((request, batch.request), (item, batch.item))
         self._user_row_B = batch.user_row_B
-        self._is_joint = batch.user_row_B is None
         single = [side.single.single(block.single) for side, block in self._sides]
-        if self._is_joint:
-            single = [torch.cat(single)]
-        parts = [row_FR.t().reshape(-1) for row_FR in single]
-        parts += [side.bags.jagged(block.bags) for side, block in self._sides]
-        parts += [side.sequences.jagged(block.sequences) for side, block in self._sides]
-        self._sizes = [part.numel() for part in parts]
-        self.row_N = torch.cat(parts)
+        self._single = [torch.cat(single)] if self._user_row_B is None else single
+        self._bags = [side.bags.jagged(block.bags) for side, block in self._sides]
+        self._offsets = [block.bags.offsets() for _, block in self._sides]
+        sequences = [side.sequences.jagged(block.sequences) for side, block in self._sides]
+        self._sizes = [part.numel() for part in sequences]
+        self._sequences = torch.cat(sequences)
         self._paddings = [_padding(side, block, pad_to_max) for side, block in self._sides]
 
-    def assemble(self, rows_ND: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """From the rows of `row_N`: pooled fields (B, Fs, D), and rows of each sequence (B, L, D), zero beyond its end."""
-        parts = self._parts(rows_ND)
-        single, bag_parts, sequence_parts = parts[:-4], parts[-4:-2], parts[-2:]
-        return self._fields(single, bag_parts, rows_ND.shape[1]), self._sequences(sequence_parts)
+    def assemble(self, storage: Rows) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """Looked up in `storage`: pooled fields (B, Fs, D), None without any; rows of each sequence (B, L, D), zero beyond its end."""
+        return self._fields(storage), self._histories(storage)
 
     def masks(self) -> dict[str, Tensor]:
         """Which places (B, L) of each sequence hold an id."""
@@ -51,25 +56,22 @@ class BatchIndex:
         )
         return {key: self._expanded(mask_RL) for key, mask_RL in request.items()} | item
 
-    def _parts(self, rows_ND: Tensor) -> list[Tensor]:
-        if sum(size > 0 for size in self._sizes) > 1:
-            return list(torch.split_with_sizes(rows_ND, self._sizes))
-        # One part holds all rows: a split would copy them in its backward.
-        return [rows_ND if size else rows_ND[:0] for size in self._sizes]
+    def _fields(self, storage: Rows) -> Tensor | None:
+        single = [storage.pool(row_FR.reshape(-1), None, len(row_FR)) if len(row_FR) else None for row_FR in self._single]
+        bags = [
+            storage.pool(row_N, offsets, len(side.bags.keys), side.mean_bags()) if side.bags.keys else None
+            for (side, _), row_N, offsets in zip(self._sides, self._bags, self._offsets, strict=True)
+        ]
+        if self._user_row_B is None and single[0] is not None and (bags[0] is not None or bags[1] is not None):
+            single = list(torch.split_with_sizes(single[0], [len(side.single.keys) for side, _ in self._sides], dim=1))
+        request = _joined([single[0], bags[0]])
+        item = _joined([*single[1:], bags[1]])
+        return _joined([None if request is None else self._expanded(request), item])
 
-    def _fields(self, single: list[Tensor], bag_parts: list[Tensor], dim: int) -> Tensor:
-        counts = [len(side.single.keys) for side, _ in self._sides]
-        bags = [_pooled(side, block, part) for (side, block), part in zip(self._sides, bag_parts, strict=True)]
-        if self._is_joint:
-            single_BFD = single[0].view(self._sides[0][1].num_rows, sum(counts), dim)
-            if not any(bag.shape[1] for bag in bags):
-                return single_BFD
-            request, item = torch.split_with_sizes(single_BFD, counts, dim=1)
-        else:
-            request, item = (part.view(block.num_rows, n, dim) for part, n, (_, block) in zip(single, counts, self._sides, strict=True))
-        return torch.cat([self._expanded(torch.cat([request, bags[0]], dim=1)), item, bags[1]], dim=1)
-
-    def _sequences(self, parts: list[Tensor]) -> dict[str, Tensor]:
+    def _histories(self, storage: Rows) -> dict[str, Tensor]:
+        if not any(padding for padding in self._paddings):
+            return {}
+        parts = torch.split_with_sizes(storage.rows(self._sequences), self._sizes)
         request, item = (
             dict(zip(side.sequences.keys, padding.pad(part) if padding else (), strict=True))
             for (side, _), padding, part in zip(self._sides, self._paddings, parts, strict=True)
@@ -81,16 +83,9 @@ class BatchIndex:
         return tensor if self._user_row_B is None else tensor.index_select(0, self._user_row_B)
 
 
-def _pooled(side: SideRows, block: Block, rows_ND: Tensor) -> Tensor:
-    """Pooled bags (R, F, D)."""
-    count, dim = len(side.bags.keys), rows_ND.shape[1]
-    if count == 0:
-        return rows_ND.new_empty(block.num_rows, 0, dim)
-    pooled_MD = pool_rows(rows_ND, lengths_of(block.bags))
-    scale_M1 = side.bag_scale(block.bags)
-    if scale_M1 is not None:
-        pooled_MD = pooled_MD * scale_M1
-    return pooled_MD.view(count, block.num_rows, dim).transpose(0, 1)
+def _joined(fields: list[Tensor | None]) -> Tensor | None:
+    held = [field for field in fields if field is not None]
+    return torch.cat(held, dim=1) if len(held) > 1 else held[0] if held else None
 
 
 def _padding(side: SideRows, block: Block, pad_to_max: bool) -> Padding | None:

@@ -1,38 +1,67 @@
-"""Optimizers that update only the rows a step touched, in plain torch.
+"""The optimizer of sparse tables: only the rows that a step touched change.
 
-With g the gradient of a touched row summed over its duplicates, plus `weight_decay * w` (touched rows alone), w the row, s its state:
+Gradients wait in the tables (`PendingGradients`) until `step`, so that they can be clipped by their norm, together with the tower's;
+then each storage is updated in one fused pass (`fusion.kernels.embedding_update`, which states the rules).
 
-    sgd               w <- w - lr g
-    adagrad           s <- s + g^2              w <- w - lr g / (sqrt(s) + eps)     Duchi et al., JMLR 12, 2011
-    rowwise_adagrad   s <- s + mean_d(g_d^2)    w <- w - lr g / (sqrt(s) + eps)     one s a row; Mudigere et al., ISCA 2022
-
-Shape legend: V rows of a group, K touched rows, D embedding dim.
+Shape legend: V rows of a group, K touched rows, T tables, D embedding dim.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Literal
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from ninerank.config import Config
 from ninerank.embedding.collection import EmbeddingCollection
+from ninerank.embedding.pending import PendingGradients
 from ninerank.embedding.table import TableGroup
 from ninerank.errors import CheckpointError, SpecError, nearest
+from ninerank.fusion.kernels.embedding_update import RowOptimizer, row_optimizers
 
 __all__ = ["SparseOptimizer", "SparseOptimizerConfig", "clip_grad_norm_", "sparse_optimizer"]
 
 
 class SparseOptimizerConfig(Config):
-    """Update rule of sparse tables; `table_lr` overrides `lr` for the tables it names."""
+    """Update rule of sparse tables; `table_lr` overrides `lr` for the tables it names.
 
-    kind: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
+    weight_decay: L2 on touched rows. max_gradient, max_row_norm: bounds on each element and on the norm of a row's gradient. The rest
+    belongs to single rules, each with its own default: eps (rowwise_adagrad, adagrad, adam), initial_accumulator (the Adagrads, ftrl),
+    beta1 and beta2 (adam), beta, l1 and l2 (ftrl).
+    """
+
+    kind: Literal["rowwise_adagrad", "adagrad", "sgd", "adam", "ftrl"] = "rowwise_adagrad"
     lr: float = Field(default=0.05, gt=0.0, allow_inf_nan=False)
-    eps: float = Field(default=1e-8, gt=0.0, allow_inf_nan=False)
-    weight_decay: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
-    initial_accumulator: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     table_lr: dict[str, float] = Field(default_factory=dict)
+    weight_decay: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+    max_gradient: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    max_row_norm: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    eps: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    initial_accumulator: float | None = Field(default=None, ge=0.0, allow_inf_nan=False)
+    beta1: float | None = Field(default=None, ge=0.0, lt=1.0)
+    beta2: float | None = Field(default=None, ge=0.0, lt=1.0)
+    beta: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    l1: float | None = Field(default=None, ge=0.0, allow_inf_nan=False)
+    l2: float | None = Field(default=None, ge=0.0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _settings_of_the_rule(self) -> Self:
+        taken = row_optimizers()[self.kind].model_fields.keys() - {"kind"}
+        for name in self._settings():
+            if name not in taken:
+                raise ValueError(f"{name!r} is no setting of {self.kind}, which takes {', '.join(['lr', 'table_lr', *sorted(taken)])}")
+        return self
+
+    def _settings(self) -> dict[str, Any]:
+        own = self.model_dump(exclude={"kind", "lr", "table_lr"})
+        return {name: value for name, value in own.items() if value is not None}
+
+    @property
+    def rule(self) -> RowOptimizer:
+        """The rule with its settings, the defaults of its own where none is given."""
+        return row_optimizers()[self.kind](**self._settings())
 
 
 class SparseOptimizer:
@@ -45,94 +74,109 @@ class SparseOptimizer:
     def __init__(self, collection: EmbeddingCollection, config: SparseOptimizerConfig) -> None:
         if collection.config.mode != "sparse":
             raise SpecError(f"a sparse optimizer needs embedding mode 'sparse', this collection's is {collection.config.mode!r}")
+        known = (*collection.layout.names, *collection.managed)
         for table, lr in config.table_lr.items():
-            if table not in collection.layout.names:
-                raise SpecError(f"table_lr: unknown table {table!r}; {nearest(table, collection.layout.names)}")
+            if table not in known:
+                raise SpecError(f"table_lr: unknown table {table!r}; {nearest(table, known)}")
             if not 0.0 < lr < float("inf"):
                 raise SpecError(f"table_lr: {table} = {lr}; a finite number above 0 is needed")
         self.config = config
         self.lr_scale = 1.0
-        self._groups = collection.named_groups()
+        self._rule = config.rule
+        self._groups = collection.named_groups() if collection.layout.names else []
+        self._managed = collection.managed
+        layout = collection.layout
+        device = self._groups[0][1].storage.device if self._groups else torch.device("cpu")
+        self._device = device
+        self._first_row_T = torch.tensor(layout.offsets, dtype=torch.int64, device=device)
+        self._lr_T = torch.tensor([self._lr_of(name) for name in layout.names], dtype=torch.float32, device=device)
         self._state = {name: self._new_state(group) for name, group in self._groups}
+        for name, managed in self._managed.items():
+            managed.train_with(self._rule, self._lr_of(name))
 
-    def _new_state(self, group: TableGroup) -> Tensor | None:
-        if self.config.kind == "sgd":
-            return None
-        width = group.dim if self.config.kind == "adagrad" else 1
-        return torch.full((group.layout.total_rows, width), self.config.initial_accumulator, device=group.storage.device)
+    def _lr_of(self, table: str) -> float:
+        return self.config.table_lr.get(table, self.config.lr)
+
+    def _new_state(self, group: TableGroup) -> dict[str, Tensor]:
+        lr_R = self._lr_T[:1]
+        if self.config.table_lr:
+            lr_R = self._lr_T.repeat_interleave(torch.tensor(group.layout.num_rows, device=self._device))
+        return dict(zip(self._rule.state_names, self._rule.new_state(group.storage, lr_R), strict=True))
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
         for _, group in self._groups:
             group.gradients.clear()
+        for table in self._managed.values():
+            table.zero_grad()
 
     def gradients(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Per group with any: touched rows of the merged storage in rising order (K,), and their summed gradients (K, D)."""
-        merged = ((name, group.gradients.merged()) for name, group in self._groups)
-        return {name: pair for name, pair in merged if pair is not None}
+        """Per storage with any: touched rows in rising order (K,), and their summed gradients (K, D).
+
+        A storage is named by its group, that of a managed table `<group>.<table>`.
+        """
+        found = ((name, pending.coalesced(num_rows)) for name, pending, num_rows in self._pending())
+        return {name: (grad.rows_N, grad.grad_GD) for name, grad in found if grad is not None}
+
+    def _pending(self) -> Iterator[tuple[str, PendingGradients, int]]:
+        for name, group in self._groups:
+            yield name, group.gradients, group.layout.total_rows
+        for table in self._managed.values():
+            for group_name, gradients in table.gradients.items():
+                yield f"{group_name}.{table.name}", gradients, table.num_rows(group_name)
 
     def grad_norm(self) -> Tensor:
-        """L2 norm over all touched rows of all groups, duplicates summed first; a scalar."""
-        norms = [torch.linalg.vector_norm(grad_KD) for _, grad_KD in self.gradients().values()]
-        if not norms:
-            return torch.zeros((), device=self._groups[0][1].storage.device)
-        return _norm(norms)
+        """L2 norm over all touched rows of all storages, duplicates summed first; a scalar."""
+        norms = [torch.linalg.vector_norm(grad_KD).to(self._device) for _, grad_KD in self.gradients().values()]
+        return _norm(norms) if norms else torch.zeros((), device=self._device)
 
     def scale_grad_(self, factor: float | Tensor) -> None:
         """Multiply all gradients."""
-        for _, group in self._groups:
-            group.gradients.scale_(factor)
+        for _, pending, _ in self._pending():
+            pending.scale_(factor)
 
     @torch.no_grad()
     def step(self) -> None:
         """Update the touched rows; call `zero_grad` before the next backward."""
+        lr_T = self._lr_T * self.lr_scale
         for name, group in self._groups:
-            merged = group.gradients.merged()
-            if merged is not None:
-                self._update(group, self._state[name], *merged)
-
-    def _update(self, group: TableGroup, state_V: Tensor | None, row_K: Tensor, grad_KD: Tensor) -> None:
-        config, storage = self.config, group.storage
-        weight_KD = storage.index_select(0, row_K)
-        if config.weight_decay:
-            grad_KD = grad_KD.add(weight_KD, alpha=config.weight_decay)
-        scale = self._lr(group, row_K)
-        if state_V is not None:
-            square_KD = grad_KD.square()
-            sum_K = state_V.index_select(0, row_K).add_(square_KD if config.kind == "adagrad" else square_KD.mean(1, keepdim=True))
-            state_V.index_copy_(0, row_K, sum_K)
-            scale = scale / sum_K.sqrt_().add_(config.eps)
-        storage.index_copy_(0, row_K, weight_KD.sub_(grad_KD * scale))
-
-    def _lr(self, group: TableGroup, row_K: Tensor) -> float | Tensor:
-        if not self.config.table_lr:
-            return self.config.lr * self.lr_scale
-        layout = group.layout
-        lr_T = torch.tensor([self.config.table_lr.get(name, self.config.lr) * self.lr_scale for name in layout.names], device=row_K.device)
-        table_K = torch.bucketize(row_K, torch.tensor(layout.offsets[1:], dtype=row_K.dtype, device=row_K.device), right=True)
-        return lr_T[table_K][:, None]
+            group.gradients.apply(group.storage, list(self._state[name].values()), self._first_row_T, lr_T, self._rule)
+        for table in self._managed.values():
+            table.update(self.lr_scale)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Plain tensors under `<group>.<table>.sum`, views of the state; empty for sgd."""
+        """Plain tensors under `<group>.<table>.<state>`, views of the state; for managed tables `managed.<table>.<column>`."""
+        state = self._static_state()
+        for name, own in self._managed.items():
+            state.update({f"managed.{name}.{key}": value for key, value in own.state().items()})
+        return state
+
+    def _static_state(self) -> dict[str, Tensor]:
         return {
-            f"{name}.{table}.sum": state[rows]
+            f"{name}.{table}.{key}": value[rows]
             for name, group in self._groups
-            if (state := self._state[name]) is not None
+            for key, value in self._state[name].items()
             for table, rows in group.layout.items()
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take a state as `state_dict` gives it, in any order of tables; raises CheckpointError and changes nothing if it does not fit."""
-        own = self.state_dict()
-        for key in sorted(own.keys() ^ state.keys()):
+        """Take a state as `state_dict` gives it, in any order of tables; raises CheckpointError and changes no static table if it does
+        not fit.
+        """
+        static = {key: value for key, value in state.items() if not key.startswith("managed.")}
+        own = self._static_state()
+        for key in sorted(own.keys() ^ static.keys()):
             where = "is missing" if key in own else f"is not of this optimizer ({self.config.kind})"
-            raise CheckpointError(f"sparse optimizer state: {key!r} {where}; {len(own)} tensors are needed, {len(state)} were given")
+            raise CheckpointError(f"sparse optimizer state: {key!r} {where}; {len(own)} tensors are needed, {len(static)} were given")
         for key, value in own.items():
-            if value.shape != state[key].shape:
-                met, needed = tuple(state[key].shape), tuple(value.shape)
+            if value.shape != static[key].shape:
+                met, needed = tuple(static[key].shape), tuple(value.shape)
                 raise CheckpointError(f"sparse optimizer state: {key!r} has shape {met}, {needed} is needed")
+        for name, table in self._managed.items():
+            start = f"managed.{name}."
+            table.load_state({key.removeprefix(start): value for key, value in state.items() if key.startswith(start)})
         for key, value in own.items():
-            value.copy_(state[key])
+            value.copy_(static[key])
 
 
 def sparse_optimizer(collection: EmbeddingCollection, config: SparseOptimizerConfig) -> SparseOptimizer:

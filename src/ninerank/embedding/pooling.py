@@ -2,7 +2,7 @@
 
 Neither direction needs a scatter that adds, so that sums come in one order on every device.
 
-Shape legend: N ids, M bags, D embedding dim, S sequence features, R rows, L places of one feature's rows.
+Shape legend: N ids, M bags (F features of B bags each), D embedding dim, S sequence features, R rows, L places of one feature's rows.
 """
 
 from collections.abc import Sequence
@@ -32,14 +32,26 @@ class _SumRows(torch.autograd.Function):
         return grad_MD.index_select(0, ctx.saved_tensors[0]), None, None
 
 
-def pool_rows(rows_ND: Tensor, length_M: Tensor) -> Tensor:
-    """Sum (M, D) of each bag's rows, which lie one bag after the other; zeros for an empty bag.
+def pool_rows(rows_ND: Tensor, offsets: Tensor | None, num_features: int, mean_F: Tensor | None = None) -> Tensor:
+    """Bags (B, F, D) of rows that lie bag after bag, feature by feature: sums, or means for features with `mean_F`; zeros if empty.
 
-    >>> pool_rows(torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([2, 0, 1])).tolist()
-    [[3.0], [0.0], [4.0]]
+    offsets: (F * B + 1,) start of each bag, None where each holds one row.
+
+    >>> pool_rows(torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([0, 2, 2, 3, 3]), 2, torch.tensor([True, False])).squeeze(-1)
+    tensor([[1.5000, 4.0000],
+            [0.0000, 0.0000]])
     """
-    offsets = torch.cat([length_M.new_zeros(1), length_M.cumsum(0)])
-    return cast("Tensor", _SumRows.apply(rows_ND, offsets, _bag_of(length_M, rows_ND.shape[0])))  # type: ignore[no-untyped-call]
+    dim = rows_ND.shape[1]
+    if offsets is None:
+        return rows_ND.view(num_features, rows_ND.shape[0] // num_features, dim).transpose(0, 1)
+    length_M = offsets.diff()
+    pooled_MD = cast("Tensor", _SumRows.apply(rows_ND, offsets, _bag_of(length_M, rows_ND.shape[0])))  # type: ignore[no-untyped-call]
+    num_bags = length_M.numel() // num_features
+    pooled_FBD = pooled_MD.view(num_features, num_bags, dim)
+    if mean_F is not None:
+        count_FB1 = torch.where(mean_F[:, None], length_M.view(num_features, num_bags).clamp(min=1), 1).unsqueeze(-1)
+        pooled_FBD = pooled_FBD * count_FB1.to(rows_ND.dtype).reciprocal()
+    return pooled_FBD.transpose(0, 1)
 
 
 @dataclass(frozen=True)

@@ -43,9 +43,7 @@ class KeyRows(nn.Module):
         return ids.values + _per_id(self.offset_F, ids)
 
     def check(self, ids: KeyedJagged) -> None:
-        """Raise DataError for features other than the spec's, or an id outside its table. Call it where the ids lie on the host."""
-        if ids.keys != self.keys:
-            raise DataError(f"batch holds the features {list(ids.keys)}, this model takes {list(self.keys)} here")
+        """Raise DataError for an id outside its table. Call it where the ids lie on the host."""
         if ids.values.numel() == 0:
             return
         size_F = self.size_F.to(ids.values.device)
@@ -90,11 +88,12 @@ class SideRows(nn.Module):
         self.has_mean = bool(mean_bags)
         self.register_buffer("is_mean_F", torch.tensor([key in mean_bags for key in bags], dtype=torch.bool), persistent=False)
 
-    def check(self, block: Block) -> None:
-        """Raise DataError for ids, features or histories that do not fit this side. Call it where the block lies on the host."""
-        self.single.check(block.single)
-        self.bags.check(block.bags)
-        self.sequences.check(block.sequences)
+    def check(self, block: Block, *, ids: bool = True) -> None:
+        """Raise DataError for histories, and with `ids` for ids, that do not fit this side. Call it where the block lies on the host."""
+        if ids:
+            self.single.check(block.single)
+            self.bags.check(block.bags)
+            self.sequences.check(block.sequences)
         for key, longest, greatest in zip(self.sequences.keys, self.longest(block), self.max_lengths, strict=True):
             if longest > greatest:
                 raise DataError(f"sequence {key!r}: {longest} ids in a row, at most {greatest}")
@@ -106,13 +105,9 @@ class SideRows(nn.Module):
         longest: list[int] = lengths_of(block.sequences).view(len(self.max_lengths), block.num_rows).amax(1).tolist()
         return longest
 
-    def bag_scale(self, ids: KeyedJagged) -> Tensor | None:
-        """1 / length for bags pooled by mean, 1 for sums, (M, 1); None where all bags are summed."""
-        if not self.has_mean:
-            return None
-        length_M = lengths_of(ids)
-        mean_M = self.is_mean_F.repeat_interleave(ids.num_rows)
-        return torch.where(mean_M, length_M.clamp(min=1), torch.ones_like(length_M)).to(torch.float32).reciprocal()[:, None]
+    def mean_bags(self) -> Tensor | None:
+        """Which bags (F,) are pooled by mean; None where all are summed."""
+        return self.is_mean_F if self.has_mean else None
 
 
 def _per_id(value_F: Tensor, ids: KeyedJagged) -> Tensor:

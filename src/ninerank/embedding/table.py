@@ -1,25 +1,28 @@
 """Tables of one embedding dim merged in one storage, and the seam between lookup and optimizer.
 
 A group holds the rows of all its tables in one tensor; table t owns the rows `offset[t] ... offset[t] + num_rows[t]`.
-In dense mode the storage is an ordinary parameter. In sparse mode it takes no gradient: the backward of `rows` leaves
-(row, gradient) pairs in `RowGradients`, which a sparse optimizer merges and applies to the touched rows alone. A fused
-operator has the same two ends: forward from storage and row numbers, backward into (row, gradient) pairs or straight into the update.
+In dense mode the storage is an ordinary parameter. In sparse mode it takes no gradient: lookups run through the fused operators of
+`fusion.lookup`, and their backward leaves the gradients of the touched rows in `gradients` for the sparse optimizer.
 
-Shape legend: N looked-up ids, K distinct rows among them, D embedding dim.
+Shape legend: N looked-up ids, M bags (F features of B bags each), D embedding dim.
 """
 
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["RowGradients", "TableGroup", "TableLayout", "initial_rows"]
+from ninerank.embedding.pending import PendingGradients
+from ninerank.embedding.pooling import pool_rows
+from ninerank.fusion import lookup
+
+__all__ = ["TableGroup", "TableLayout", "initial_rows"]
 
 INIT_BLOCK_ROWS = 65_536
 
@@ -69,70 +72,6 @@ def initial_rows(seed: int, group: str, table: str, num_rows: int, dim: int, std
         yield first, draw.standard_normal((rows, dim), dtype=np.float32) * np.float32(std)
 
 
-class RowGradients:
-    """Gradients of one group's touched rows since the last `clear`, from any number of backward passes."""
-
-    def __init__(self) -> None:
-        self._parts: list[tuple[Tensor, Tensor]] = []
-        self._is_merged = False
-
-    def add(self, row_N: Tensor, grad_ND: Tensor) -> None:
-        """Leave the gradient of each looked-up row; rows may repeat."""
-        self._parts.append((row_N, grad_ND))
-        self._is_merged = False
-
-    def clear(self) -> None:
-        self._parts.clear()
-        self._is_merged = False
-
-    def merged(self) -> tuple[Tensor, Tensor] | None:
-        """Distinct rows in rising order (K,) and the sum of each one's gradients (K, D), or None if no row was touched.
-
-        Duplicates are summed here and nowhere else, in an order that depends on the ids alone.
-        """
-        if not self._parts:
-            return None
-        if not self._is_merged:
-            row_N = torch.cat([row for row, _ in self._parts]) if len(self._parts) > 1 else self._parts[0][0]
-            grad_ND = torch.cat([grad for _, grad in self._parts]) if len(self._parts) > 1 else self._parts[0][1]
-            self._parts = [_sum_by_row(row_N, grad_ND)]
-            self._is_merged = True
-        return self._parts[0]
-
-    def scale_(self, factor: float | Tensor) -> None:
-        """Multiply the merged gradients, as clipping by norm does."""
-        merged = self.merged()
-        if merged is not None:
-            merged[1].mul_(factor)
-
-
-def _sum_by_row(row_N: Tensor, grad_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Distinct rows, and the sum of each one's gradients in the order in which they came.
-
-    Sorted by row, a row's gradients are a bag: the pooled lookup sums them without atomics, the same way on every device.
-    """
-    sorted_N, place_N = row_N.sort(stable=True)
-    row_K, count_K = torch.unique_consecutive(sorted_N, return_counts=True)
-    offsets = torch.cat([count_K.new_zeros(1), count_K.cumsum(0)])
-    return row_K, functional.embedding_bag(place_N, grad_ND, offsets, mode="sum", include_last_offset=True)
-
-
-class _GatherRows(torch.autograd.Function):
-    """storage_VD[row_N], whose backward leaves the gradient in `sink` instead of a tensor of the storage's size."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, storage_VD: Tensor, row_N: Tensor, sink: RowGradients) -> Tensor:
-        ctx.save_for_backward(row_N)
-        ctx.sink = sink
-        return functional.embedding(row_N, storage_VD)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[None, None, None, None]:
-        ctx.sink.add(ctx.saved_tensors[0], grad_ND)
-        return None, None, None, None
-
-
 class TableGroup(nn.Module):
     """All tables at one embedding dim, in one storage of `layout.total_rows` rows.
 
@@ -146,7 +85,7 @@ class TableGroup(nn.Module):
         self.dim = storage_VD.shape[1]
         self.sparse = sparse
         self.storage = nn.Parameter(storage_VD, requires_grad=not sparse)
-        self.gradients = RowGradients()
+        self.gradients = PendingGradients()
 
     @classmethod
     def drawn(cls, name: str, layout: TableLayout, dim: int, *, sparse: bool, init_std: float, seed: int) -> "TableGroup":
@@ -159,10 +98,22 @@ class TableGroup(nn.Module):
 
     def rows(self, row_N: Tensor) -> Tensor:
         """Values (N, D) of rows of the merged storage, differentiable in the way of the group's mode."""
-        if self.sparse and torch.is_grad_enabled():
-            anchor = torch.empty(0, requires_grad=True)  # autograd records only what depends on a leaf
-            return cast("Tensor", _GatherRows.apply(anchor, self.storage, row_N, self.gradients))  # type: ignore[no-untyped-call]
+        if self.sparse:
+            return lookup.sequence(self._recorded(), row_N, on_grad=self.gradients.add)
         return functional.embedding(row_N, self.storage)
+
+    def pool(self, row_N: Tensor, offsets: Tensor | None, num_features: int, mean_F: Tensor | None = None) -> Tensor:
+        """Bags (B, F, D): sums of each bag's rows, means for features with `mean_F`; rows lie feature by feature.
+
+        offsets: (F * B + 1,) start of each bag, None where each holds one row.
+        """
+        if self.sparse:
+            return lookup.pooled(self._recorded(), row_N, offsets, num_features, mean_F=mean_F, on_grad=self.gradients.add)
+        return pool_rows(self.rows(row_N), offsets, num_features, mean_F)
+
+    def _recorded(self) -> Tensor:
+        """The storage as a lookup takes it whose gradient is caught."""
+        return self.storage.detach().requires_grad_(torch.is_grad_enabled())
 
     def table(self, name: str) -> Tensor:
         """View (num_rows, D) of one table."""

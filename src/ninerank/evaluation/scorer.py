@@ -61,7 +61,7 @@ class RunScorer(Scorer):
     def score(self, rows: pa.RecordBatch) -> npt.NDArray[np.float32]:
         batch = self._transform.batch(rows, labels=False)
         with torch.inference_mode():
-            logits_BT = self._model(batch.to(self._device))
+            logits_BT = self._model(self._model.embedding.prepare(batch).to(self._device))
             scores_BT: npt.NDArray[np.float32] = torch.sigmoid(logits_BT.to(torch.float32)).cpu().numpy()
         return scores_BT
 

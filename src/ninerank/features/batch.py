@@ -4,8 +4,9 @@ Shape legend: B rows that are scored (training rows, or candidates), U requests,
 F features of a block, T labels (tasks), nnz ids in all.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -64,6 +65,27 @@ class KeyedJagged:
             raise KeyError(f"{key!r} is not among {self.keys}")
         return dict(self.items())[key]
 
+    def spans(self) -> dict[str, slice]:
+        """Where each feature's ids lie in `values`."""
+        rows = self.num_rows
+        if self.lengths is None:
+            bounds = list(range(0, len(self.keys) * rows + 1, rows)) if rows else [0] * (len(self.keys) + 1)
+        else:
+            counts = self.lengths.view(len(self.keys), rows).sum(1).tolist() if self.keys else []
+            bounds = list(accumulate(counts, initial=0))
+        return {key: slice(first, stop) for key, first, stop in zip(self.keys, bounds, bounds[1:], strict=False)}
+
+    def select(self, keys: Sequence[str]) -> "KeyedJagged":
+        """The features `keys`, in their order; KeyError for one that is not here."""
+        if tuple(keys) == self.keys:
+            return self
+        spans, rows = self.spans(), self.num_rows
+        values = torch.cat([self.values[:0], *(self.values[spans[key]] for key in keys)])
+        if self.lengths is None:
+            return KeyedJagged(tuple(keys), values, None, rows)
+        own = self.lengths.view(len(self.keys), rows)[[self.keys.index(key) for key in keys]]
+        return KeyedJagged(tuple(keys), values, own.reshape(-1), rows)
+
     def to(self, device: torch.device, non_blocking: bool = False) -> "KeyedJagged":
         lengths = None if self.lengths is None else self.lengths.to(device, non_blocking=non_blocking)
         return replace(self, values=self.values.to(device, non_blocking=non_blocking), lengths=lengths)
@@ -104,6 +126,7 @@ class Batch:
     `item` has B rows (one a candidate) and `user_row_B` (int64) names each candidate's request row, so that whatever
     depends on the request alone is computed once.
     label_BT: float32 in {0, 1}. weight_B: float32. group_B: int64, the group key of GAUC.
+    is_prepared: the ids of managed tables are rows of their storages already (`EmbeddingCollection.prepare`).
     """
 
     request: Block
@@ -112,6 +135,7 @@ class Batch:
     label_BT: Tensor | None = None
     weight_B: Tensor | None = None
     group_B: Tensor | None = None
+    is_prepared: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -128,4 +152,5 @@ class Batch:
             move(self.label_BT),
             move(self.weight_B),
             move(self.group_B),
+            self.is_prepared,
         )

@@ -47,6 +47,11 @@ class RankingModel(nn.Module):
         self.embedding = embedding
         self.tower = tower
 
+    @property
+    def num_parameters(self) -> int:
+        """Numbers that are learned, those of managed tables as they are now."""
+        return sum(parameter.numel() for parameter in self.tower.parameters()) + self.embedding.num_values
+
     def forward(self, batch: Batch) -> Tensor:
         logits_BT: Tensor = self.tower(self.embedding(batch))
         return logits_BT

@@ -132,8 +132,8 @@ class PackedRows:
 
     def take(self, row_n: Tensor) -> Batch:
         """Rows `row_n` (int64) as one batch, in that order."""
-        optional = [None if t is None else t[row_n] for t in (self.label_RT, self.weight_R, self.group_R)]
-        return Batch(self.request.take(row_n), self.item.take(row_n), None, *optional)
+        label, weight, group = (None if t is None else t[row_n] for t in (self.label_RT, self.weight_R, self.group_R))
+        return Batch(self.request.take(row_n), self.item.take(row_n), label_BT=label, weight_B=weight, group_B=group)
 
 
 def batch_bytes(batch: Batch) -> int:

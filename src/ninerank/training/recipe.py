@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 from typing_extensions import Self
 
 from ninerank.config import Config, read_mapping
@@ -107,6 +107,13 @@ class Recipe(Config):
     seed: int = Field(default=2021, ge=0, lt=1 << 63)
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _ftrl_needs_a_constant_rate(self) -> Self:
+        lr = self.schedule.lr.kind
+        if self.embedding.mode == "sparse" and self.optimizer.sparse.kind == "ftrl" and lr != "constant":
+            raise ValueError(f"optimizer.sparse.kind 'ftrl' needs a constant schedule.lr, not {lr!r}: its state depends on the rate")
+        return self
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
 
 from ninerank.errors import DataError, SpecError
 from ninerank.features.batch import Batch
 from ninerank.metrics import AUC, GAUC, PCOC, LogLoss
+from ninerank.towers.model import RankingModel
 
 __all__ = ["Scores", "measure"]
 
@@ -61,7 +61,7 @@ class Scores:
 
 @torch.no_grad()
 def measure(
-    model: nn.Module,
+    model: RankingModel,
     batches: Iterable[Batch],
     labels: tuple[str, ...],
     *,
@@ -74,7 +74,7 @@ def measure(
     scores: Scores | None = None
     try:
         for host_batch in batches:
-            batch = host_batch.to(device)
+            batch = model.embedding.prepare(host_batch).to(device)
             if scores is None:
                 scores = Scores(labels, grouped=batch.group_B is not None)
             score_BT = torch.sigmoid(model(batch).float())

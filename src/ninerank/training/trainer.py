@@ -120,10 +120,11 @@ class Trainer:
                 self._end_epoch()
             return self._report(time.monotonic() - started_s)
 
-    def step(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """One optimizer step on one labelled batch; returns the loss (scalar) and the logits (B, T), detached."""
-        assert batch.label_BT is not None
+    def step(self, host_batch: Batch) -> tuple[Tensor, Tensor]:
+        """One optimizer step on one labelled batch on the host; returns the loss (scalar) and the logits (B, T), detached."""
         schedule, collection = self.recipe.schedule, self.model.embedding
+        batch = collection.prepare(host_batch, step=self.progress.step).to(self.device.torch_device, non_blocking=True)
+        assert batch.label_BT is not None
         self._lr = self.optimizer.set_lr(
             schedule.lr, step=self.progress.step, total_steps=self._total_steps, reductions=self.progress.reductions
         )
@@ -136,6 +137,7 @@ class Trainer:
         if schedule.clip_norm is not None:
             self._grad_norm = self.optimizer.clip(schedule.clip_norm)
         self.optimizer.step()
+        collection.finish_step(self.progress.step)
         return loss.detach(), logits_BT.detach()
 
     def _train_epoch(self) -> None:
@@ -148,10 +150,9 @@ class Trainer:
             self.display.stage(f"epoch {progress.epoch + 1}/{schedule.epochs}", self.train.num_rows) as stage,
         ):
             stage.advance(progress.batch * self.train.batch_size)
-            for host_batch in batches:
+            for batch in batches:
                 if progress.step == schedule.max_steps:
                     break
-                batch = host_batch.to(self.device.torch_device, non_blocking=True)
                 loss, logits_BT = self.step(batch)
                 progress.batch += 1
                 progress.step += 1
@@ -178,7 +179,8 @@ class Trainer:
             loss, train_auc, speed = window.loss(progress.step), window.auc(), window.samples / max(seconds, 1e-9)
             row = {"step": progress.step, "epoch": progress.epoch + 1, "samples": progress.samples, "loss": loss, "lr": self._lr}
             norm = None if self._grad_norm is None else float(self._grad_norm)
-            self._history.write({**row, "grad_norm": norm, "train_auc": train_auc, "samples_per_s": speed})
+            tables = self.model.embedding.table_metrics()
+            self._history.write({**row, "grad_norm": norm, "train_auc": train_auc, "samples_per_s": speed, **tables})
             stage.show(f"{speed:,.0f} samples/s, loss {loss:.4f}" + ("" if train_auc is None else f", AUC {train_auc:.4f}"))
         return Window()
 
@@ -215,7 +217,8 @@ class Trainer:
                 "steps": progress.step,
                 "samples": progress.samples,
                 "seconds": seconds,
-                "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+                "parameters": self.model.num_parameters,
+                "tables": self.model.embedding.table_metrics(),
                 "seed": self.recipe.seed,
                 "device": self.device.name,
                 "spec_digest": self.spec.digest,

@@ -3,7 +3,7 @@
 config.py     DynamicTableConfig          admission.py, eviction.py   policies
 table.py      DynamicTable: lookup, rows, update, finish_step, state
 idmap.py      id -> row                   storage.py, reserve.py      rows that grow without copies
-initial.py    first values from the id    rules.py, fused.py          the seam to optimizers, and the fused operator behind it
+initial.py    first values from the id    rules.py                    the seam to the fused update
 state.py      states by raw id, dealt out to any number of processes
 source.py     delta export                frozen.py                what serving reads
 """
@@ -14,7 +14,7 @@ from ninerank.embedding.dynamic.eviction import Capacity, LastSeen, LeastFrequen
 from ninerank.embedding.dynamic.frozen import FrozenTable
 from ninerank.embedding.dynamic.idmap import IdMap
 from ninerank.embedding.dynamic.initial import initial_values
-from ninerank.embedding.dynamic.rules import SparseRule, UpdateRule
+from ninerank.embedding.dynamic.rules import FusedRule
 from ninerank.embedding.dynamic.source import DynamicSource
 from ninerank.embedding.dynamic.state import reshard, shard_of
 from ninerank.embedding.dynamic.statistics import DynamicTableStatistics
@@ -31,12 +31,11 @@ __all__ = [
     "ExactCounter",
     "Frequency",
     "FrozenTable",
+    "FusedRule",
     "IdMap",
     "LastSeen",
     "LeastFrequent",
     "Probability",
-    "SparseRule",
-    "UpdateRule",
     "initial_values",
     "reshard",
     "shard_of",

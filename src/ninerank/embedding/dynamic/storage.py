@@ -19,7 +19,7 @@ from ninerank.embedding.dynamic.idmap import Ints
 from ninerank.embedding.dynamic.initial import fill_rows, initial_key
 from ninerank.embedding.dynamic.native import AHEAD, prefetch
 from ninerank.embedding.dynamic.reserve import RowArray
-from ninerank.embedding.dynamic.rules import UpdateRule
+from ninerank.embedding.dynamic.rules import FusedRule
 from ninerank.features.native import jit
 
 __all__ = ["BOOK", "RowStorage"]
@@ -68,7 +68,7 @@ def _place(rows: Ints) -> Ints | slice:
 class RowStorage:
     """Arrays of one table, addressed by row."""
 
-    def __init__(self, table: str, dims: Mapping[str, int], rule: UpdateRule | None, *, std: float, seed: int, rows: int) -> None:
+    def __init__(self, table: str, dims: Mapping[str, int], rule: FusedRule | None, *, std: float, seed: int, rows: int) -> None:
         self.used = 1
         self.free, self.num_free = np.empty(0, np.int64), 0
         self._rule, self._std = rule, np.float32(std)

@@ -14,26 +14,29 @@ Shape legend: N looked-up ids, V rows in use, K touched rows, D embedding dim of
 """
 
 import threading
+import time
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ninerank.embedding.changes import Changes, column_of
 from ninerank.embedding.dynamic.admission import admission
 from ninerank.embedding.dynamic.config import DynamicTableConfig
 from ninerank.embedding.dynamic.eviction import Capacity, EvictionConfig, LastSeen, smallest
-from ninerank.embedding.dynamic.gather import OwnRowGradients, gather_rows
 from ninerank.embedding.dynamic.idmap import IdMap, Ints
 from ninerank.embedding.dynamic.intern import distinct, intern
 from ninerank.embedding.dynamic.lock import SharedLock
-from ninerank.embedding.dynamic.rules import UpdateRule
+from ninerank.embedding.dynamic.rules import FusedRule
 from ninerank.embedding.dynamic.state import check_state
 from ninerank.embedding.dynamic.statistics import DynamicTableStatistics
 from ninerank.embedding.dynamic.storage import RowStorage
+from ninerank.embedding.pending import PendingGradients
 from ninerank.errors import BundleError, DataError, SpecError
+from ninerank.features.spec import MISSING_ID
+from ninerank.fusion import lookup
+from ninerank.fusion.kernels.embedding_update import RowOptimizer
 
 __all__ = ["DynamicTable"]
 
@@ -52,13 +55,11 @@ class DynamicTable:
     [2, 0]
     """
 
-    def __init__(
-        self, name: str, dims: Mapping[str, int], config: DynamicTableConfig, *, seed: int, rule: UpdateRule | None = None
-    ) -> None:
+    def __init__(self, name: str, dims: Mapping[str, int], config: DynamicTableConfig, *, seed: int, rule: FusedRule | None = None) -> None:
         if not dims or min(dims.values()) < 1:
             raise SpecError(f"dynamic table {name!r}: dims {dict(dims)}; at least one group with a dim of at least 1 is needed")
         self.name, self.dims, self.config, self.seed, self.rule = name, dict(dims), config, seed, rule
-        self.gradients = {group: OwnRowGradients() for group in dims}
+        self.gradients = {group: PendingGradients(skip_row=0) for group in dims}
         self.version, self.generation = 1, 0
         self._lock = SharedLock()
         self._figures = threading.Lock()
@@ -176,11 +177,34 @@ class DynamicTable:
         if len(self.removed):
             self.removed.remove(ids)
 
+    def prepare(self, ids: Tensor, *, step: int | None = None) -> Tensor:
+        """Rows of a batch's raw ids, `MISSING_ID` among them; step: number of the training step, None to read alone."""
+        now = time.time() if self.config.clock == "seconds" else None
+        missing = ids == MISSING_ID
+        return self.lookup(ids, train=step is not None, step=step, now=now, missing=missing if bool(missing.any()) else None)
+
+    def train_with(self, optimizer: RowOptimizer, lr: float) -> None:
+        """Keep the optimizer's state beside the rows, which start it now."""
+        values = self.values_state()
+        self.rule = FusedRule(optimizer, lr)
+        self._begin()
+        if len(values["id"]):
+            self.load_values(values)
+
+    def num_rows(self, group: str) -> int:
+        """Rows of the storage in use."""
+        return self.storage.used
+
+    def metrics(self) -> dict[str, float]:
+        """`statistics` by name."""
+        return self.statistics().as_metrics(f"table.{self.name}")
+
     def rows(self, group: str, row_N: Tensor) -> Tensor:
         """Values (*row_N.shape, D) of rows that `lookup` gave; the backward leaves gradients in `gradients[group]`."""
-        if self.rule is not None and torch.is_grad_enabled():
-            return gather_rows(self.values(group), row_N, self.gradients[group])
-        return functional.embedding(row_N, self.values(group))
+        is_trained = self.rule is not None and torch.is_grad_enabled()
+        values_VD = self.values(group).requires_grad_(is_trained)
+        flat_ND = lookup.sequence(values_VD, row_N.reshape(-1).cpu(), on_grad=self.gradients[group].add)
+        return flat_ND.view(*row_N.shape, self.dims[group])
 
     def values(self, group: str) -> Tensor:
         """Storage (V, D) of a group, row 0 the default; a view that holds until the next lookup in training."""
@@ -194,11 +218,10 @@ class DynamicTable:
     def update(self, lr_scale: float = 1.0) -> None:
         """Apply the rule to the rows that backward passes left gradients for, and forget these."""
         for group, gradients in self.gradients.items():
-            pairs = gradients.pairs()
-            if pairs is not None and self.rule is not None and len(pairs[0]):
+            if gradients and self.rule is not None:
                 with self._lock.writing():
                     self.rule.apply(self.values(group), self.storage.states(group), gradients, lr_scale)
-                    self.storage.mark(pairs[0].numpy(), self.version)
+                    self.storage.mark(gradients.rows().numpy(), self.version)
         self.zero_grad()
 
     def finish_step(self, step: int, now: float | None = None) -> int:
@@ -208,7 +231,7 @@ class DynamicTable:
         Raises RuntimeError if gradients are left, whose rows might go to other ids: `update` applies them, `zero_grad` drops them.
         """
         tick = self._time(step, now)
-        if any(gradients.pairs() is not None for gradients in self.gradients.values()):
+        if any(self.gradients.values()):
             raise RuntimeError(f"dynamic table {self.name!r}: step {step} ends with gradients left; call update or zero_grad first")
         with self._lock.writing():
             self._tick = max(self._tick, tick)
@@ -273,6 +296,25 @@ class DynamicTable:
             block = self.storage.gather(rows, state=True)
             arrays = {"id": block.ids, **block.columns, **self.admission.state()}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def values_state(self) -> dict[str, Tensor]:
+        """What scores: ids in rising order and the values of every group."""
+        with self._lock.reading():
+            block = self.storage.gather(self.rows_by_id(), state=False)
+        return {name: torch.from_numpy(array) for name, array in {"id": block.ids, **block.columns}.items()}
+
+    def load_values(self, state: Mapping[str, Tensor]) -> None:
+        """Take what `values_state` gave in place of all that the table holds; the rest of each row starts afresh."""
+        count = len(state.get("id", ()))
+        whole = dict(state)
+        for group in self.dims:
+            start_KD = state.get(f"value.{group}")
+            if self.rule is not None and start_KD is not None:
+                whole |= {f"state.{group}.{name}": value for name, value in self.rule.new_state(start_KD).items()}
+        whole |= {"last_seen": torch.full((count,), self._tick), "count": torch.ones(count, dtype=torch.int64)}
+        fresh = admission(self.config.admission, seed=self.seed, table=self.name)
+        whole |= {name: torch.from_numpy(array) for name, array in fresh.state().items()}
+        self.load_state(whole)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take a state as `state` gives it in place of all that the table holds.
