@@ -1,8 +1,8 @@
 """Records of a whole table: in RAM, or in a memory-mapped file.
 
 Both are an int32 array (R, W) that rows are gathered from and scattered to. On disk the system decides which pages lie in RAM and gives
-them back under pressure: the process itself holds none of the table. The start is written by `pwrite`, block by block, so that a full
-disk is an error and not a fault of the mapping; blocks of zeros stay holes.
+them back under pressure: the process itself holds none of the table. The start is written by `pwrite`, block by block and without holes, so
+that a full disk is an error then, and not a fault of the mapping later.
 """
 
 import mmap
@@ -73,8 +73,7 @@ class DiskBacking:
         try:
             os.ftruncate(descriptor, num_bytes)
             for first, block in start:
-                if block.any():
-                    _write(descriptor, first, block)
+                _write(descriptor, first, block)
             memory = mmap.mmap(descriptor, num_bytes)
         finally:
             os.close(descriptor)
