@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ninerank.embedding.collection import EmbeddingCollection, EmbeddingConfig, pooled_keys
+from ninerank.embedding.quantize import TableDtype, quantize
 from ninerank.errors import DataError, SpecError
 from ninerank.features.batch import Batch, Block, KeyedJagged
 from ninerank.features.spec import FeatureSpec, IdFeature, Vocabulary
@@ -256,6 +257,21 @@ def test_state_holds_one_tensor_per_table_and_loads_into_another_order(spec: Fea
         other.load_state_dict(state)
     with pytest.raises(RuntimeError, match="Unexpected key"):
         other.load_state_dict({**one.state_dict(), "groups.deep.nobody": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8", "int4"])
+def test_collection_over_quantised_tables_looks_up_what_they_hold(dtype: TableDtype, spec: FeatureSpec, make_batch: MakeBatch) -> None:
+    trained, batch = collection_of(spec), make_batch(spec, 4, requests=2)
+    stored = {name: quantize(group.storage.detach(), dtype) for name, group in trained.named_groups()}
+    restored = {name: table.dequantized() for name, table in stored.items()}
+    want = EmbeddingCollection.of_tables(spec, restored, EmbeddingConfig())(batch)
+    got = EmbeddingCollection.of_tables(spec, stored, EmbeddingConfig())(batch)
+    assert want.keys() == got.keys()
+    for key, value in got.items():
+        torch.testing.assert_close(value, want[key], rtol=1e-6, atol=1e-6)
+    assert not torch.equal(want["deep"], trained(batch)["deep"]) or dtype == "fp32"
+    with pytest.raises(SpecError, match=r"group 'deep': storage is \(3, \d+\), the spec needs \d+ rows"):
+        EmbeddingCollection.of_tables(spec, {"deep": quantize(torch.zeros(3, 5), dtype)}, EmbeddingConfig())
 
 
 def test_collection_over_given_tables_shares_them(spec: FeatureSpec, make_batch: MakeBatch) -> None:

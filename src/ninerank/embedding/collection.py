@@ -17,6 +17,7 @@ from ninerank.embedding.dynamic.table import DynamicTable
 from ninerank.embedding.index import BatchIndex
 from ninerank.embedding.managed import ManagedTable
 from ninerank.embedding.part import SIDES, ManagedRows, Part, pooled_keys, prepared
+from ninerank.embedding.quantize import QuantizedGroup, QuantizedTable
 from ninerank.embedding.table import TableGroup, TableLayout
 from ninerank.errors import CheckpointError, DataError, SpecError, nearest
 from ninerank.features.batch import Batch, Block
@@ -96,21 +97,26 @@ class EmbeddingCollection(nn.Module):
 
     @classmethod
     def of_tables(
-        cls, spec: FeatureSpec, tables: Mapping[str, Tensor], config: EmbeddingConfig, managed: Sequence[ManagedTable] = ()
+        cls, spec: FeatureSpec, tables: Mapping[str, Tensor | QuantizedTable], config: EmbeddingConfig, managed: Sequence[ManagedTable] = ()
     ) -> Self:
         """Collection over given storages (V, D), one a group, which it shares, and given managed tables; raises SpecError where V is not
-        the spec's, or a managed table of the spec is not given.
+        the spec's, or a managed table of the spec is not given. Quantised tables are read alone.
         """
         collection = cls(spec, {}, config, seed=0)
-        collection.dims = {name: storage_VD.shape[-1] for name, storage_VD in tables.items()}
-        for name, storage_VD in tables.items():
-            if storage_VD.dim() != 2 or storage_VD.shape[0] != collection.layout.total_rows:
-                raise SpecError(f"group {name!r}: storage is {tuple(storage_VD.shape)}, the spec needs {collection.layout.total_rows} rows")
-            collection.groups[name] = TableGroup(name, collection.layout, storage_VD, sparse=config.mode == "sparse")
-        for table in managed:
-            if not (table.name in spec.tables and spec.tables[table.name].is_dynamic):
-                raise SpecError(f"table {table.name!r} is no dynamic table of the spec")
-            collection.manage(spec, table)
+        collection.dims = {name: table.dim if isinstance(table, QuantizedTable) else table.shape[-1] for name, table in tables.items()}
+        for name, table in tables.items():
+            storage = table.storage_VS if isinstance(table, QuantizedTable) else table
+            if storage.dim() != 2 or storage.shape[0] != collection.layout.total_rows:
+                raise SpecError(f"group {name!r}: storage is {tuple(storage.shape)}, the spec needs {collection.layout.total_rows} rows")
+            collection.groups[name] = (
+                QuantizedGroup(name, collection.layout, table)
+                if isinstance(table, QuantizedTable)
+                else TableGroup(name, collection.layout, table, sparse=config.mode == "sparse")
+            )
+        for own in managed:
+            if not (own.name in spec.tables and spec.tables[own.name].is_dynamic):
+                raise SpecError(f"table {own.name!r} is no dynamic table of the spec")
+            collection.manage(spec, own)
         missing = [name for name, table in spec.tables.items() if table.is_dynamic and name not in collection.managed]
         if missing:
             raise SpecError(f"dynamic tables {', '.join(missing)} of the spec were not given")

@@ -141,7 +141,11 @@ def error_bound(low: Tensor, high: Tensor, dtype: TableDtype) -> Tensor:
     if dtype == "fp16":
         return (greatest * 2.0**-11).clamp(min=2.0**-25)
     # 2^-140: steps so small that float32 cannot tell them apart any more.
-    return (high - low) / (2 * (2 ** CODE_BITS[dtype] - 1)) + greatest * 2.0**-22 + 2.0**-140
+    return (high - low) / (2 * _levels(CODE_BITS[dtype])) + greatest * 2.0**-22 + 2.0**-140
+
+
+def _levels(bits: int) -> int:
+    return (1 << bits) - 1
 
 
 def _check(block_VD: Tensor, dtype: TableDtype, name: str, first: int) -> None:
@@ -160,9 +164,9 @@ def _write_codes(block_VD: Tensor, bits: int, out_VS: Tensor) -> None:
     dim = block_VD.shape[1]
     exact_VD = block_VD.double()
     low_V1, high_V1 = exact_VD.amin(1, keepdim=True), exact_VD.amax(1, keepdim=True)
-    scale_V1 = ((high_V1 - low_V1) / (2**bits - 1)).float()
+    scale_V1 = ((high_V1 - low_V1) / _levels(bits)).float()
     steps_VD = (exact_VD - low_V1) / torch.where(scale_V1 > 0, scale_V1.double(), 1.0)
-    codes_VD = steps_VD.round_().clamp_(0, 2**bits - 1).to(torch.uint8)
+    codes_VD = steps_VD.round_().clamp_(0, _levels(bits)).to(torch.uint8)
     if bits == 4:
         half = code_bytes(dim, bits)
         packed = codes_VD[:, :half].clone()
