@@ -5,6 +5,7 @@
     graph.json             the dense graph (see graph.py)
     weights.safetensors    the graph's weights
     tables/<group>.safetensors   the merged embedding tables of one group, mapped into memory when loaded
+    ids/<table>.safetensors      the raw ids of a dynamic table in rising order: id i has row i + 1 of the table
     golden.parquet         rows with the scores that the trained model gave them
 
 It is written to a temporary name beside its place, synced, tried out, and renamed. Nothing in it is ever unpickled.
@@ -30,6 +31,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ninerank import __version__
+from ninerank.embedding.collection import EmbeddingCollection
+from ninerank.embedding.dynamic.frozen import freeze
 from ninerank.errors import BundleError, SpecError
 from ninerank.features.spec import FeatureSpec, Side
 from ninerank.features.transform import Transform
@@ -42,7 +45,8 @@ from ninerank.towers.model import RankingModel
 __all__ = ["Bundle", "Golden", "export_bundle"]
 
 GOLDEN_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-3}
-SPEC, GRAPH, WEIGHTS, GOLDEN, TABLES = "spec.json", "graph.json", "weights.safetensors", "golden.parquet", "tables"
+SPEC, GRAPH, WEIGHTS, GOLDEN = "spec.json", "graph.json", "weights.safetensors", "golden.parquet"
+TABLES, IDS = "tables", "ids"
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Golden:
 class Bundle:
     """A bundle whose checksums and digest hold; its golden scores are checked by the engine that will serve it.
 
-    tables: float32 (V, D) of each group, mapped from the file.
+    tables: float32 (V, D) of each group, mapped from the file. ids: int64 (I,) of each dynamic table, mapped from the file.
     """
 
     directory: Path
@@ -65,6 +69,7 @@ class Bundle:
     spec: FeatureSpec
     graph: DenseGraph
     tables: dict[str, Tensor]
+    ids: dict[str, Tensor]
     golden: Golden
 
     @classmethod
@@ -87,15 +92,13 @@ class Bundle:
             raise BundleError(f"{root / SPEC}: has digest {spec.digest}, the bundle was made for {manifest.spec_digest}")
         with _naming(root / GRAPH):
             text = (root / GRAPH).read_text(encoding="utf-8")
-        tables = {}
-        for group in manifest.groups:
-            file = root / TABLES / f"{group}.safetensors"
-            loaded = _read_tensors(file)
-            if loaded.keys() != {"rows"}:
-                raise BundleError(f"{file}: holds {sorted(loaded)}, exactly 'rows' is needed")
-            tables[group] = loaded["rows"]
+        tables = {group: _read_tensor(root / TABLES / f"{group}.safetensors", "rows") for group in manifest.groups}
+        dynamic = {name for name, table in spec.tables.items() if table.is_dynamic}
+        if manifest.dynamic.keys() != dynamic:
+            raise BundleError(f"{root}: holds ids of the tables {sorted(manifest.dynamic)}, dynamic in the spec are {sorted(dynamic)}")
+        ids = {table: _read_tensor(root / IDS / f"{table}.safetensors", "ids") for table in manifest.dynamic}
         golden = _read_golden(root / GOLDEN, spec)
-        return cls(root, manifest, spec, DenseGraph(text, _read_tensors(root / WEIGHTS)), tables, golden)
+        return cls(root, manifest, spec, DenseGraph(text, _read_tensors(root / WEIGHTS)), tables, ids, golden)
 
 
 def export_bundle(
@@ -128,8 +131,7 @@ def export_bundle(
         with creating(out) as directory:
             say("scoring golden rows")
             rows = _golden_rows(spec, golden)
-            groups = dict(model.embedding.named_groups())
-            batch = Transform(spec).batch(rows, labels=False).to(next(iter(groups.values())).storage.device)
+            batch = model.embedding.prepare(Transform(spec).batch(rows, labels=False)).to(next(model.parameters()).device)
             with torch.inference_mode():
                 inputs = model.embedding(batch)
                 scores_BT = torch.sigmoid(model.tower(inputs)).to(torch.float32).cpu().numpy()
@@ -139,9 +141,7 @@ def export_bundle(
             spec.save(directory / SPEC)
             (directory / GRAPH).write_text(graph.text, encoding="utf-8")
             save_file(graph.weights, directory / WEIGHTS)
-            (directory / TABLES).mkdir()
-            for name, group in groups.items():
-                save_file({"rows": group.storage.detach().to("cpu", torch.float32)}, directory / TABLES / f"{name}.safetensors")
+            ids = _write_tables(directory, model.embedding, spec)
             _write_golden(directory / GOLDEN, rows, scores_BT)
             manifest = Manifest(
                 model_name=model_name,
@@ -149,7 +149,8 @@ def export_bundle(
                 created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 spec_digest=spec.digest,
                 tasks=spec.labels,
-                groups={name: group.dim for name, group in groups.items()},
+                groups=model.embedding.dims,
+                dynamic={name: len(id_I) for name, id_I in ids.items()},
                 sequence_length=model.embedding.config.sequence_length,
                 golden_tolerance=GOLDEN_TOLERANCE["float32"],
                 versions=_versions(),
@@ -161,6 +162,23 @@ def export_bundle(
     finally:
         model.train(was_training)
     return manifest
+
+
+def _write_tables(directory: Path, collection: EmbeddingCollection, spec: FeatureSpec) -> dict[str, Tensor]:
+    """Write the rows of all tables in spec order, one file a group, and the ids of dynamic ones; returns these."""
+    (directory / TABLES).mkdir()
+    frozen = {name: freeze(table.values_state()) for name, table in collection.managed.items()}
+    for name, group in collection.named_groups():
+        rows_VD = group.storage.detach().to("cpu", torch.float32)
+        if frozen:
+            rows_VD = torch.cat([frozen[own][1][name] if own in frozen else rows_VD[group.layout.rows_of(own)] for own in spec.tables])
+        save_file({"rows": rows_VD}, directory / TABLES / f"{name}.safetensors")
+    ids = {name: id_I for name, (id_I, _) in frozen.items()}
+    if ids:
+        (directory / IDS).mkdir()
+    for name, id_I in ids.items():
+        save_file({"ids": id_I.contiguous()}, directory / IDS / f"{name}.safetensors")
+    return ids
 
 
 def _golden_rows(spec: FeatureSpec, rows: pa.RecordBatch) -> pa.RecordBatch:
@@ -201,6 +219,14 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     """Tensors that share the file's mapping into memory: read when touched, copied when written to."""
     with _naming(file), safe_open(file, framework="pt") as opened:
         return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
+
+
+def _read_tensor(file: Path, name: str) -> Tensor:
+    """The one tensor of a file, as `_read_tensors` gives it."""
+    loaded = _read_tensors(file)
+    if loaded.keys() != {name}:
+        raise BundleError(f"{file}: holds {sorted(loaded)}, exactly {name!r} is needed")
+    return loaded[name]
 
 
 @contextmanager

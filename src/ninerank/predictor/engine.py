@@ -1,6 +1,6 @@
 """The engine: a bundle in memory that turns requests into scores.
 
-    RankInput -> transform (the user's row once) -> lookup (the user's rows once) -> dense graph -> sigmoid -> scores
+    RankInput -> transform (the user's row once) -> raw ids to rows -> lookup (the user's rows once) -> dense graph -> sigmoid -> scores
 
 Shape legend: B rows, N candidates, T tasks.
 """
@@ -16,11 +16,13 @@ import torch
 
 from ninerank.device import Device
 from ninerank.embedding.collection import EmbeddingCollection, EmbeddingConfig
+from ninerank.embedding.dynamic.frozen import FrozenIds
 from ninerank.errors import BundleError, DataError, RequestError, SpecError
 from ninerank.features.batch import Batch
 from ninerank.features.transform import Transform
 from ninerank.predictor.bundle import Bundle
 from ninerank.predictor.graph import build_graph
+from ninerank.predictor.rawids import RawIds, lookup_spec
 from ninerank.predictor.request import RankInput, RankOutput, RequestSchema, StageTimes
 
 __all__ = ["Engine"]
@@ -40,6 +42,7 @@ class Engine:
         self.schema = RequestSchema.of(bundle.spec)
         self.device = device
         self._transform = Transform(bundle.spec)
+        self._raw_ids = _raw_ids(bundle)
         self._embedding = _collection(bundle, device)
         self._graph = build_graph(bundle.graph, device.torch_device)
         self._inputs = bundle.graph.inputs
@@ -99,13 +102,25 @@ class Engine:
     def _scores(self, batch: Batch, start_ns: int) -> tuple[npt.NDArray[np.float32], StageTimes]:
         transformed = time.perf_counter_ns()
         with torch.inference_mode():
-            inputs = self._embedding(batch.to(self.device.torch_device))
+            inputs = self._embedding(self._raw_ids.rows(batch).to(self.device.torch_device))
             looked_up = time.perf_counter_ns()
             logits_BT = self._graph(*[inputs[key] for key in self._inputs])
             scores_BT = torch.sigmoid(logits_BT.to(torch.float32)).cpu().numpy()
         done = time.perf_counter_ns()
         times = StageTimes((transformed - start_ns) // 1000, (looked_up - transformed) // 1000, (done - looked_up) // 1000)
         return scores_BT, times
+
+
+def _raw_ids(bundle: Bundle) -> RawIds:
+    tables = {}
+    for name, id_I in bundle.ids.items():
+        try:
+            tables[name] = FrozenIds(name, id_I)
+        except SpecError as error:
+            raise BundleError(f"bundle {bundle.directory}: {error}") from None
+        if len(id_I) != bundle.manifest.dynamic[name]:
+            raise BundleError(f"{bundle.directory}: table {name!r} has {len(id_I)} ids, the manifest says {bundle.manifest.dynamic[name]}")
+    return RawIds(bundle.spec, tables)
 
 
 def _collection(bundle: Bundle, device: Device) -> EmbeddingCollection:
@@ -118,7 +133,12 @@ def _collection(bundle: Bundle, device: Device) -> EmbeddingCollection:
             raise BundleError(f"bundle {bundle.directory}: tables of {name!r} are {held}, float32 of dim {dim} are needed")
     try:
         config = EmbeddingConfig.parse({"mode": "sparse", "sequence_length": manifest.sequence_length}, "embedding")
-        collection = EmbeddingCollection.of_tables(bundle.spec, bundle.tables, config)
+        spec = lookup_spec(bundle.spec, manifest.dynamic)
+        collection = EmbeddingCollection.of_tables(spec, bundle.tables, config)
     except SpecError as error:
         raise BundleError(f"bundle {bundle.directory}: {error}") from None
+    for name, group in collection.named_groups():
+        for table in manifest.dynamic:
+            if bool(group.table(table)[0].any()):
+                raise BundleError(f"bundle {bundle.directory}: row 0 of table {table!r} in {name!r}, which unknown ids read, is not zero")
     return collection.to(device.torch_device).eval()

@@ -35,8 +35,9 @@ class FileEntry(Config):
 class Manifest(Config):
     """What a bundle says of itself.
 
-    groups: dim of each group of tables. tasks: label columns, in the order of the model's outputs. precision: of the tables and the
-    graph as stored. golden_tolerance: largest score difference at which the bundle still counts as answering as it did when made.
+    groups: dim of each group of tables. dynamic: number of ids of each dynamic table. tasks: label columns, in the order of the model's
+    outputs. precision: of the tables and the graph as stored. golden_tolerance: largest score difference at which the bundle still counts
+    as answering as it did when made.
     """
 
     format: int = FORMAT
@@ -46,6 +47,7 @@ class Manifest(Config):
     spec_digest: Hex
     tasks: tuple[str, ...] = Field(min_length=1)
     groups: dict[str, int]
+    dynamic: dict[str, int] = Field(default_factory=dict)
     sequence_length: str
     precision: str = "float32"
     golden_tolerance: float = Field(gt=0, allow_inf_nan=False)

@@ -11,7 +11,7 @@ source.py     delta export                frozen.py                what serving 
 from ninerank.embedding.dynamic.admission import Always, BloomCounter, ExactCounter, Frequency, Probability
 from ninerank.embedding.dynamic.config import DynamicTableConfig
 from ninerank.embedding.dynamic.eviction import Capacity, LastSeen, LeastFrequent
-from ninerank.embedding.dynamic.frozen import FrozenTable
+from ninerank.embedding.dynamic.frozen import FrozenIds, freeze
 from ninerank.embedding.dynamic.idmap import IdMap
 from ninerank.embedding.dynamic.initial import initial_values
 from ninerank.embedding.dynamic.rules import FusedRule
@@ -30,12 +30,13 @@ __all__ = [
     "DynamicTableStatistics",
     "ExactCounter",
     "Frequency",
-    "FrozenTable",
+    "FrozenIds",
     "FusedRule",
     "IdMap",
     "LastSeen",
     "LeastFrequent",
     "Probability",
+    "freeze",
     "initial_values",
     "reshard",
     "shard_of",

@@ -1,11 +1,10 @@
-"""A dynamic table that is only read: the ids and rows of a trained one, as a bundle serves them.
+"""The ids of a dynamic table that is only read, as a bundle serves them: id number i of a rising list has row i + 1.
 
-The ids lie in rising order, as they were written, and stay mapped from their file. Beside them an index of 4 bytes a slot, at most
-half full, says where an id may be; the id itself decides. It is built when the table is made (some 20 ms for a million ids), takes
-8 to 16 bytes an id, and answers as fast as a map that holds the ids once more in 16-byte slots: both touch one line of memory for an
-id that is not there and two for one that is, and ask for these lines ahead.
+The list stays mapped from its file. Beside it an index of 4 bytes a slot, at most half full, says where an id may be; the id itself
+decides. It is built when the bundle is loaded (some 20 ms for a million ids), takes 8 to 16 bytes an id, and answers about as fast as
+a map that holds the ids once more in 16-byte slots: both ask ahead for the memory they are going to touch.
 
-Shape legend: I ids, N looked-up ids, D embedding dim of a group.
+Shape legend: I ids, D embedding dim of a group.
 """
 
 import secrets
@@ -16,15 +15,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
-from typing_extensions import Self
 
 from ninerank.embedding.dynamic.idmap import Ints, home
 from ninerank.embedding.dynamic.native import AHEAD, prefetch
-from ninerank.errors import DataError, SpecError
+from ninerank.errors import SpecError
 from ninerank.features.encoding import MAX_TABLE_ROWS, MISSING_ID
 from ninerank.features.native import jit
 
-__all__ = ["FrozenTable"]
+__all__ = ["FrozenIds", "freeze"]
 
 MIN_BITS = 4
 
@@ -69,94 +67,60 @@ def _find(ids, slots, key, shift, wanted, out):  # type: ignore[no-untyped-def]
         out[i] = row
 
 
-class FrozenTable:
-    """Rows of known ids: id number i of the list has row i + 1, any other id and `MISSING_ID` the default row 0, which is zeros.
+class FrozenIds:
+    """Rows of known ids; any other id and `MISSING_ID` have row 0.
 
-    id_I: int64 in rising order. rows: float32 (I + 1, D) of each group, row 0 first. Both are shared, not copied, and may be mapped from
-    files. Any number of threads may read. Raises SpecError for ids and rows that do not fit.
+    id_I: int64, rising, on the host; shared, not copied. Any number of threads may read. Raises SpecError for ids that are no such list.
 
-    >>> table = FrozenTable("item", torch.tensor([-1, 7]), {"deep": torch.tensor([[0.0], [1.0], [2.0]])})
-    >>> row_N = table.prepare(torch.tensor([7, 8, -1]))
-    >>> row_N.tolist(), table.rows("deep", row_N).tolist()
-    ([2, 0, 1], [[2.0], [0.0], [1.0]])
+    >>> ids = FrozenIds("item", torch.tensor([-1, 7]))
+    >>> ids.find(np.array([7, 8, -1])).tolist(), ids.num_rows
+    ([2, 0, 1], 3)
     """
 
-    def __init__(self, name: str, id_I: Tensor, rows: Mapping[str, Tensor]) -> None:
-        self.name = name
-        self.dims = {group: values.shape[-1] for group, values in rows.items()}
-        self._check(id_I, rows)
-        self._rows = dict(rows)
-        self._ids: Ints = id_I.numpy()
+    def __init__(self, table: str, id_I: Tensor) -> None:
+        if id_I.dtype != torch.int64 or id_I.dim() != 1 or id_I.device.type != "cpu":
+            raise SpecError(f"table {table!r}: ids are {id_I.dtype} {tuple(id_I.shape)} on {id_I.device}; a list of int64 on cpu is needed")
+        if len(id_I) >= MAX_TABLE_ROWS:
+            raise SpecError(f"table {table!r}: {len(id_I)} ids; fewer than {MAX_TABLE_ROWS} are allowed")
+        if len(id_I) and (int(id_I[0]) == MISSING_ID or not bool((id_I[1:] > id_I[:-1]).all())):
+            raise SpecError(f"table {table!r}: ids must rise strictly, from {MISSING_ID + 1} ({MISSING_ID} stands for missing)")
+        self.table = table
+        self._ids: Ints = id_I.contiguous().numpy()
         bits = max(MIN_BITS, (2 * len(self._ids) - 1).bit_length())
-        self._key, self._shift = (
-            np.uint64(secrets.randbits(64)),
-            np.uint64(64 - bits),
-        )  # drawn, so that no client can choose ids that collide
+        # The key is drawn, so that no client can choose ids that collide.
+        self._key, self._shift = np.uint64(secrets.randbits(64)), np.uint64(64 - bits)
         self._slots: npt.NDArray[np.int32] = np.zeros(1 << bits, np.int32)
         _enter(self._ids, self._slots, self._key, self._shift)
 
-    @classmethod
-    def of_state(cls, name: str, state: Mapping[str, Tensor]) -> Self:
-        """A frozen copy of a table whose `state()` this is: tensor "id" in rising order, and "value.<group>" with a row for each.
-
-        >>> table = FrozenTable.of_state("item", {"id": torch.tensor([3]), "value.deep": torch.ones(1, 2), "count": torch.ones(1)})
-        >>> table.rows("deep", table.prepare(torch.tensor([3, 4]))).tolist()
-        [[1.0, 1.0], [0.0, 0.0]]
-        """
-        id_I, present = state["id"], state["id"] != MISSING_ID
-        groups = {key.removeprefix("value."): values for key, values in state.items() if key.startswith("value.")}
-        if not bool(present.all()):
-            id_I, groups = id_I[present], {group: values[present] for group, values in groups.items()}
-        return cls(name, id_I, {group: functional.pad(values, (0, 0, 1, 0)) for group, values in groups.items()})
-
-    def _check(self, id_I: Tensor, rows: Mapping[str, Tensor]) -> None:
-        if id_I.dtype != torch.int64 or id_I.dim() != 1 or id_I.device.type != "cpu" or not id_I.is_contiguous():
-            raise SpecError(f"table {self.name!r}: ids are {id_I.dtype} {tuple(id_I.shape)}; a list of int64 on the host is needed")
-        if len(id_I) >= MAX_TABLE_ROWS:
-            raise SpecError(f"table {self.name!r}: {len(id_I)} ids; fewer than {MAX_TABLE_ROWS} are allowed")
-        if len(id_I) and (int(id_I[0]) == MISSING_ID or not bool((id_I[1:] > id_I[:-1]).all())):
-            raise SpecError(f"table {self.name!r}: ids must rise strictly, from {MISSING_ID + 1} ({MISSING_ID} stands for missing)")
-        for group, values in rows.items():
-            if values.dtype != torch.float32 or values.dim() != 2 or values.shape[0] != len(id_I) + 1:
-                held = f"{values.dtype} {tuple(values.shape)}"
-                raise SpecError(f"table {self.name!r}: rows of {group!r} are {held}; float32 of {len(id_I) + 1} rows are needed")
-            if bool(values[0].any()):
-                raise SpecError(f"table {self.name!r}: row 0 of {group!r}, which ids without a row read, is not zero")
-
     def __len__(self) -> int:
-        """Ids that have a row."""
         return len(self._ids)
 
     @property
-    def ids(self) -> Tensor:
-        """int64 (I,), rising."""
-        return torch.from_numpy(self._ids)
+    def num_rows(self) -> int:
+        """Rows of the table, row 0 included."""
+        return 1 + len(self._ids)
 
     @property
     def num_index_bytes(self) -> int:
-        """Memory that the index takes beside ids and rows."""
+        """Memory that the index takes beside the ids."""
         return self._slots.nbytes
 
-    def to(self, device: torch.device) -> Self:
-        """Move the rows to `device`; ids are looked up on the host."""
-        self._rows = {group: values.to(device) for group, values in self._rows.items()}
-        return self
+    def find(self, ids: Ints, out: Ints | None = None) -> Ints:
+        """Row of each id (N,), 0 where there is none, in `out`, which may be `ids` itself."""
+        found = np.empty(len(ids), np.int64) if out is None else out
+        _find(self._ids, self._slots, self._key, self._shift, ids, found)
+        return found
 
-    def values(self, group: str) -> Tensor:
-        """Rows (I + 1, D) of a group, row 0 the default."""
-        return self._rows[group]
 
-    def prepare(self, ids: Tensor, *, step: int | None = None) -> Tensor:
-        """Rows (int64, of the shape of `ids`) of raw ids (int64, on the host). Raises DataError for ids of another type."""
-        if step is not None:
-            raise ValueError(f"table {self.name!r}: step {step}; a frozen table is only read, outside of any step")
-        if ids.dtype != torch.int64 or ids.device.type != "cpu":
-            raise DataError(f"table {self.name!r}: ids are {ids.dtype} on {ids.device}; int64 on cpu is needed")
-        wanted = ids.contiguous().view(-1).numpy()
-        found = np.empty(len(wanted), np.int64)
-        _find(self._ids, self._slots, self._key, self._shift, wanted, found)
-        return torch.from_numpy(found).view(ids.shape)
+def freeze(state: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Ids (I,) in rising order and each group's rows (I + 1, D), row 0 of zeros, from the values of a dynamic table.
 
-    def rows(self, group: str, row_N: Tensor) -> Tensor:
-        """Values (*row_N.shape, D) of rows that `prepare` gave."""
-        return functional.embedding(row_N, self._rows[group])
+    state: tensor "id", rising, and "value.<group>" with a row for each id. `MISSING_ID` is left out: it reads row 0.
+
+    >>> freeze({"id": torch.tensor([3]), "value.deep": torch.ones(1, 2), "count": torch.ones(1)})
+    (tensor([3]), {'deep': tensor([[0., 0.],
+            [1., 1.]])})
+    """
+    id_I, first = state["id"], int(state["id"][:1].eq(MISSING_ID).sum())
+    groups = {key.removeprefix("value."): values for key, values in state.items() if key.startswith("value.")}
+    return id_I[first:], {group: functional.pad(values[first:], (0, 0, 1, 0)) for group, values in groups.items()}
