@@ -3,8 +3,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from ninerank.embedding.shard import Shard
 from ninerank.errors import CheckpointError
-from ninerank.training.checkpoint import BestWeights, CheckpointStore, load_weights
+from ninerank.training import sealed
+from ninerank.training.checkpoint import BestWeights, ById, CheckpointStore, PerProcess, load_weights
 from ninerank.training.state import flatten, restore
 
 STATE = {"epoch": 1, "best": None, "name": "naïve"}
@@ -91,6 +93,76 @@ def test_another_spec_is_refused_with_both_digests(tmp_path):
     BestWeights(tmp_path / "best", spec_digest="aaa").save({"w": torch.ones(2)}, epoch=1)
     with pytest.raises(CheckpointError, match="spec aaa.*spec is bbb"):
         BestWeights(tmp_path / "best", spec_digest="bbb").load()
+
+
+def test_an_older_format_and_one_that_is_not_known_are_refused(tmp_path):
+    store = make_store(tmp_path)
+    save(store, 3)
+    for number, form in ((5, "ninerank.checkpoint.v1"), (6, "other")):
+        sealed.Draft(store.directory / f"step-{number}").rename({"format": form, "step": number, "spec_digest": "d1"})
+    with pytest.raises(CheckpointError, match=r"step-5: is of the older format 'ninerank\.checkpoint\.v1'.*step-3, is sound"):
+        store.load("step-5")
+    with pytest.raises(CheckpointError, match=r"step-6: has format 'other', 'ninerank\.checkpoint\.v2' is needed; .*step-3, is sound"):
+        store.load()
+
+
+def test_a_missing_file_is_named(tmp_path):
+    store = make_store(tmp_path)
+    save(store, 3)
+    (save(store, 5) / "rank-0.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"step-5/rank-0\.safetensors: is missing, though manifest\.json lists it.*step-3"):
+        store.load()
+
+
+def test_reading_in_place_fits_exactly_or_changes_nothing(tmp_path):
+    store = make_store(tmp_path)
+    store.save(5, {"model": {"w": torch.ones(3, 2), "b": torch.ones(2)}, "other": {"x": torch.ones(1)}}, STATE)
+    checkpoint = store.load()
+    assert checkpoint is not None
+    right = {"w": torch.zeros(3, 2), "b": torch.zeros(2)}
+    wrong = {
+        "it has no 'model.c'": right | {"c": torch.zeros(1)},
+        "it has 'model.b', which the model has not": {"w": right["w"]},
+        r"'model.w' is torch.float32 \(3, 2\), torch.float32 \(2, 3\) is needed": right | {"w": torch.zeros(2, 3)},
+        r"'model.w' is torch.float32 \(3, 2\), torch.float64 \(3, 2\) is needed": right | {"w": torch.zeros(3, 2).double()},
+    }
+    for message, target in wrong.items():
+        with pytest.raises(CheckpointError, match=f"step-5: does not fit the model of the recipe: {message}"):
+            checkpoint.read({"model": target})
+    assert not any(tensor.any() for tensor in right.values())
+    checkpoint.read({"model": right})
+    assert all(tensor.all() for tensor in right.values())
+    given = torch.zeros(1)
+    assert checkpoint.section("other", into={"x": given})["x"] is given
+    assert given == 1
+
+
+def test_what_is_kept_apart_is_asked_for_by_its_kind(tmp_path):
+    store = make_store(tmp_path)
+    state = {"id": torch.tensor([-4, 2, 9]), "value.deep": torch.arange(6.0).view(3, 2)}
+    store.save(5, {"dynamic": {"item": ById(state)}, "random": PerProcess({"cpu": torch.arange(4)})}, STATE)
+    checkpoint = store.load()
+    assert checkpoint is not None
+    whole = checkpoint.by_id("dynamic.item")
+    assert all(torch.equal(whole[name], state[name]) for name in state)
+    shards = [checkpoint.by_id("dynamic.item", rank=rank, world_size=2) for rank in (0, 1)]
+    assert sorted(torch.cat([shard["id"] for shard in shards]).tolist()) == [-4, 2, 9]
+    assert torch.equal(checkpoint.own("random")["cpu"], torch.arange(4))
+    assert checkpoint.section("dynamic") == checkpoint.section("random") == {}
+    with pytest.raises(CheckpointError, match=r"holds no 'dynamic\.user' kept by id; it has: dynamic\.item"):
+        checkpoint.by_id("dynamic.user")
+    with pytest.raises(CheckpointError, match="holds no 'dynamic.item' kept per process; it has: random"):
+        checkpoint.own("dynamic.item")
+
+
+def test_blocks_that_leave_a_gap_are_found(tmp_path):
+    store = make_store(tmp_path)
+    store.save(5, {"model": {"w": Shard((4, 2), (0, 0), torch.ones(2, 2))}}, STATE)
+    checkpoint = store.load()
+    assert checkpoint is not None
+    checkpoint.read({"model": {"w": Shard((4, 2), (1, 0), torch.zeros(1, 2))}})
+    with pytest.raises(CheckpointError, match=r"'model\.w' has gaps: 1 blocks do not fill \(4, 2\)"):
+        checkpoint.section("model")
 
 
 def test_best_weights_are_the_last_ones_saved(tmp_path):

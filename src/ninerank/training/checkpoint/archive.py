@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from ninerank.embedding.dynamic.state import own_shard
-from ninerank.errors import CheckpointError, NinerankError
+from ninerank.errors import CheckpointError
 from ninerank.training import sealed
 from ninerank.training.checkpoint.peers import Peers
 from ninerank.training.checkpoint.planner import ShardLoadPlanner, ShardSavePlanner
@@ -26,7 +26,7 @@ from ninerank.training.checkpoint.storage import SafetensorsReader, SafetensorsW
 from ninerank.training.checkpoint.tensorfile import TORCH_DTYPES, read_tensor
 from ninerank.training.checkpoint.tree import Leaf, Tree, flatten_tree, part_key, whole
 
-__all__ = ["FORMAT", "Archive", "save_archive", "save_archive_later"]
+__all__ = ["FORMAT", "Archive", "Writing", "save_archive", "save_archive_later"]
 
 FORMAT = "ninerank.checkpoint.v2"
 OLDER = ("ninerank.checkpoint.v1",)
@@ -153,6 +153,25 @@ class _Columns(Mapping[str, Tensor]):
         return len(self._keys)
 
 
+class Writing:
+    """A save on a background thread. The interpreter does not exit before it has ended."""
+
+    def __init__(self, target: Path, future: "Future[Any]", writer: SafetensorsWriter) -> None:
+        self.target = target
+        self._future, self._writer = future, writer
+        future.add_done_callback(lambda _: writer.discard())
+
+    def done(self) -> bool:
+        return self._future.done()
+
+    def wait(self) -> None:
+        """Until it is written; raises CheckpointError, and leaves nothing half written, where it cannot be."""
+        error = self._future.exception()
+        self._writer.discard()
+        if error is not None:
+            raise reason(error, f"{self.target}: cannot be written") from None
+
+
 def save_archive(target: Path, tree: Tree, files: Mapping[str, bytes], publish: Publish, *, spec_digest: str, peers: Peers) -> None:
     """Write `tree` and small files into a draft of `target`, which the first process publishes when all have written.
 
@@ -161,7 +180,7 @@ def save_archive(target: Path, tree: Tree, files: Mapping[str, bytes], publish: 
     leaves, writer, planner = _prepared(target, tree, files, publish, spec_digest, peers)
     try:
         save(leaves, storage_writer=writer, planner=planner, process_group=peers.group, no_dist=peers.group is None)
-    except CheckpointException as error:
+    except (CheckpointException, RuntimeError) as error:
         raise reason(error, f"{target}: cannot be written") from None
     finally:
         writer.discard()
@@ -169,19 +188,13 @@ def save_archive(target: Path, tree: Tree, files: Mapping[str, bytes], publish: 
 
 def save_archive_later(
     target: Path, tree: Tree, files: Mapping[str, bytes], publish: Publish, *, spec_digest: str, peers: Peers, buffers: HostBuffers
-) -> "Future[Any]":
-    """As `save_archive`, on a background thread: when this returns, `buffers` hold copies of all that is written.
-
-    The future's CheckpointException is made plain by `reason`. The interpreter does not exit before the thread has ended.
-    """
+) -> Writing:
+    """As `save_archive`, on a background thread: when this returns, `buffers` hold copies of all that is written."""
     leaves, writer, planner = _prepared(target, tree, files, publish, spec_digest, peers)
     alone = peers.group is None
-    future = async_save(
-        leaves, storage_writer=writer, planner=planner, process_group=peers.group, async_stager=buffers, no_dist=alone
-    )  # fmt: skip
+    future = async_save(leaves, storage_writer=writer, planner=planner, process_group=peers.group, async_stager=buffers, no_dist=alone)
     assert isinstance(future, Future)
-    future.add_done_callback(lambda _: writer.discard())
-    return future
+    return Writing(target, future, writer)
 
 
 def _prepared(
@@ -194,12 +207,17 @@ def _prepared(
     return snapshot.leaves, writer, ShardSavePlanner(snapshot.parts)
 
 
-def reason(error: CheckpointException, what: str) -> Exception:
-    """What went wrong on the first process that failed: what the system refused as CheckpointError, all else as it was raised."""
-    rank, (first, _) = min(error.failures.items(), key=lambda item: item[0])
-    if isinstance(first, NinerankError) or not isinstance(first, OSError):
-        return first if isinstance(first, Exception) else CheckpointError(f"{what}: process {rank} was stopped ({first!r})")
-    return CheckpointError(f"{what} by process {rank}: {first}")
+def reason(error: BaseException, what: str) -> Exception:
+    """What went wrong on the first process that failed.
+
+    What the system refused, and a process that was lost, is a CheckpointError; all else is as it was raised.
+    """
+    if isinstance(error, CheckpointException):
+        rank, (first, _) = min(error.failures.items(), key=lambda item: item[0])
+        return CheckpointError(f"{what} by process {rank}: {first}") if isinstance(first, OSError) else reason(first, what)
+    if isinstance(error, distributed.DistError) or (type(error) is RuntimeError and "gloo" in str(error)):
+        return CheckpointError(f"{what}: another process is gone ({str(error).splitlines()[0]})")
+    return error if isinstance(error, Exception) else CheckpointError(f"{what}: it was stopped ({error!r})")
 
 
 def check_manifest(directory: Path, extra: Mapping[str, Any], spec_digest: str) -> None:

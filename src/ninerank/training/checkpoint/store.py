@@ -4,18 +4,16 @@ import json
 import logging
 import re
 from collections.abc import Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from torch.distributed.checkpoint.api import CheckpointException
 from typing_extensions import Self
 
 from ninerank.errors import CheckpointError
 from ninerank.training import sealed
-from ninerank.training.checkpoint.archive import Archive, reason, save_archive, save_archive_later
+from ninerank.training.checkpoint.archive import Archive, Writing, save_archive, save_archive_later
 from ninerank.training.checkpoint.peers import Peers
 from ninerank.training.checkpoint.staging import HostBuffers
 from ninerank.training.checkpoint.tree import Tree
@@ -57,7 +55,7 @@ class CheckpointStore:
         self.asynchronous = asynchronous
         self.peers = peers or Peers()
         self.buffers = HostBuffers()
-        self._writing: tuple[Path, Future[Any]] | None = None
+        self._writing: Writing | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -95,7 +93,7 @@ class CheckpointStore:
 
         options: dict[str, Any] = {"spec_digest": self.spec_digest, "peers": self.peers}
         if self.asynchronous:
-            self._writing = (target, save_archive_later(target, tree, files, publish, buffers=self.buffers, **options))
+            self._writing = save_archive_later(target, tree, files, publish, buffers=self.buffers, **options)
             return target
         try:
             save_archive(target, tree, files, publish, **options)
@@ -105,22 +103,17 @@ class CheckpointStore:
 
     def check(self) -> None:
         """Raise CheckpointError if the background writing has failed; returns at once."""
-        if self._writing is not None and self._writing[1].done():
+        if self._writing is not None and self._writing.done():
             self.wait()
 
     def wait(self) -> None:
         """Until nothing is being written; raises CheckpointError if what was could not be."""
-        if self._writing is None:
-            return
-        target, future = self._writing
-        error = future.exception()
-        self._writing = None
-        if isinstance(error, CheckpointException):
-            error = reason(error, f"{target}: cannot be written")
-        if isinstance(error, CheckpointError):
-            raise self._lost(error)
-        if error is not None:
-            raise error
+        writing, self._writing = self._writing, None
+        try:
+            if writing is not None:
+                writing.wait()
+        except CheckpointError as error:
+            raise self._lost(error) from None
 
     def load(self, name: str | None = None) -> Checkpoint | None:
         """The checkpoint of that name, or the newest, or None where there is none.

@@ -83,7 +83,8 @@ def _header(ordered: list[tuple[str, Content]]) -> npt.NDArray[np.uint8]:
 def _bytes(content: Content) -> npt.NDArray[np.uint8]:
     held = content.tensor().detach().cpu().contiguous()
     assert (held.dtype, tuple(held.shape)) == (content.dtype, content.shape)
-    data: npt.NDArray[np.uint8] = held.reshape(-1).view(torch.uint8).numpy()
+    flat = held.as_strided((held.numel(),), (1,))  # a dimension of one row may have any stride, which `view` would refuse
+    data: npt.NDArray[np.uint8] = flat.view(torch.uint8).numpy()
     return data
 
 
