@@ -21,11 +21,11 @@ import pytest
 import torch
 from torch import Tensor, distributed
 
-from ninerank.embedding.dynamic import Always, BloomCounter, DynamicTable, DynamicTableConfig, Frequency, SparseRule, shard_of
+from ninerank.embedding.dynamic import Always, BloomCounter, DynamicTable, DynamicTableConfig, Frequency, FusedRule, shard_of
 from ninerank.embedding.dynamic.state import own_shard
-from ninerank.embedding.optimizer import SparseOptimizerConfig
 from ninerank.embedding.shard import Shard
 from ninerank.errors import CheckpointError
+from ninerank.fusion.kernels.embedding_update import row_optimizers
 from ninerank.training.checkpoint import BestWeights, ById, CheckpointStore, PerProcess, tensorfile
 
 TABLES = {"a": (37, 6), "b": (10, 8), "c": (5, 4)}
@@ -78,7 +78,7 @@ def blocks(plan: str, rank: int, world_size: int, *, filled: bool) -> Blocks:
 
 
 def dynamic_table(admission: str) -> DynamicTable:
-    rule = SparseRule(SparseOptimizerConfig.parse({"kind": "adagrad", "lr": 0.1}, "test"), "t")
+    rule = FusedRule(row_optimizers()["adagrad"](), 0.1)
     config = DynamicTableConfig(admission=ADMISSIONS[admission], reserve_rows=256, init_std=0.5)
     return DynamicTable("t", {"deep": 3, "linear": 1}, config, seed=1, rule=rule)
 
