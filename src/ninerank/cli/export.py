@@ -22,6 +22,9 @@ def run(
     name: Annotated[str | None, typer.Option(help="Name of the model; default: that of the recipe's model.")] = None,
     golden: Annotated[Path | None, typer.Option(help="Log file of golden rows; default: the run's validation data.")] = None,
     golden_rows: Annotated[int, typer.Option(min=1, max=100_000, help="Number of golden rows.")] = 256,
+    tables: Annotated[
+        str, typer.Option(metavar="[fp32|fp16|int8|int4]", help="What embedding tables are stored in; dims too small for codes in fp16.")
+    ] = "fp32",
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
     """Write a trained run as a bundle: spec, dense graph, tables, golden rows with their scores, checksums."""
@@ -41,6 +44,7 @@ def run(
             out,
             model_name=name or trained.recipe.model.name,
             version=version or f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}",
+            tables=tables,
             progress=status.update,
         )
     if as_json:
@@ -48,6 +52,9 @@ def run(
         return
     size_bytes = sum(entry.size_bytes for entry in manifest.files.values())
     print(f"bundle {out}: {manifest.model_name} {manifest.model_version}, {len(manifest.files)} files, {size_bytes / 1e6:,.1f} MB")
+    if tables != "fp32":
+        stored = ", ".join(f"{group} {dtype}" for group, dtype in manifest.table_dtypes.items())
+        print(f"tables in {stored}: golden scores move by at most {manifest.golden_difference:.2g}")
 
 
 def _golden(trained: "Run", file: Path | None, count: int) -> "pa.RecordBatch":

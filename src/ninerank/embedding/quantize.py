@@ -28,7 +28,7 @@ from ninerank.errors import DataError, SpecError, nearest
 from ninerank.fusion.kernels.embedding_sequence import embedding_sequence
 from ninerank.fusion.kernels.quantized_rows import HEADER_BYTES, code_bytes, quantized_rows, row_bytes
 
-__all__ = ["QuantizedGroup", "QuantizedTable", "TableDtype", "check_dtype", "error_bound", "quantize", "stored_dtype"]
+__all__ = ["QuantizedGroup", "QuantizedTable", "TableDtype", "check_dtype", "error_bound", "quantize", "quantize_group", "stored_dtype"]
 
 TableDtype = Literal["fp32", "fp16", "int8", "int4"]
 CODE_BITS = {"int8": 8, "int4": 4}
@@ -105,7 +105,7 @@ def stored_dtype(dtype: TableDtype, dim: int) -> TableDtype:
 
 
 def quantize(table_VD: Tensor, dtype: TableDtype, *, name: str = "table", out: Tensor | None = None) -> QuantizedTable:
-    """A float32 table in `dtype`, block by block; into `out` where given.
+    """A float32 table in `dtype`, block by block; into `out` where given, and `table_VD` itself in fp32 where not.
 
     Raises DataError, naming `name`, the row and its value, for NaN and infinity and for what the type cannot hold.
 
@@ -118,8 +118,7 @@ def quantize(table_VD: Tensor, dtype: TableDtype, *, name: str = "table", out: T
         raise ValueError(f"{name} is {table_VD.dtype} {tuple(table_VD.shape)}; torch.float32 (rows, dim) is needed")
     num_rows, dim = table_VD.shape
     if out is None:
-        shape = (num_rows, row_bytes(dim, CODE_BITS[dtype]) if dtype in CODE_BITS else dim)
-        out = torch.empty(shape, dtype=FLOATS.get(dtype, torch.uint8))
+        out = table_VD.detach() if dtype == "fp32" else _empty(num_rows, dim, dtype)
     table = QuantizedTable(dtype, dim, out)
     step = max(1, BLOCK_NUMBERS // dim)
     for first in range(0, num_rows, step):
@@ -127,9 +126,23 @@ def quantize(table_VD: Tensor, dtype: TableDtype, *, name: str = "table", out: T
         _check(block_VD, dtype, name, first)
         if dtype in CODE_BITS:
             _write_codes(block_VD, CODE_BITS[dtype], out[first : first + step])
-        else:
+        elif out.data_ptr() != table_VD.data_ptr():
             out[first : first + step] = block_VD
     return table
+
+
+def quantize_group(storage_VD: Tensor, layout: TableLayout, dtype: TableDtype, *, name: str) -> QuantizedTable:
+    """The merged tables of group `name` in `stored_dtype(dtype, D)`; raises DataError, naming the table and its row, as `quantize` does."""
+    num_rows, dim = storage_VD.shape
+    stored = stored_dtype(dtype, dim)
+    out = storage_VD.detach() if stored == "fp32" else _empty(num_rows, dim, stored)
+    for table, rows in layout.items():
+        quantize(storage_VD[rows], stored, name=f"group {name!r}, table {table!r}", out=out[rows])
+    return QuantizedTable(stored, dim, out)
+
+
+def _empty(num_rows: int, dim: int, dtype: TableDtype) -> Tensor:
+    return torch.empty(num_rows, row_bytes(dim, CODE_BITS[dtype]) if dtype in CODE_BITS else dim, dtype=FLOATS.get(dtype, torch.uint8))
 
 
 def error_bound(low: Tensor, high: Tensor, dtype: TableDtype) -> Tensor:

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,9 +31,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ninerank import __version__
+from ninerank.device import Device
 from ninerank.embedding.collection import EmbeddingCollection
 from ninerank.embedding.dynamic.frozen import freeze
-from ninerank.errors import BundleError, SpecError
+from ninerank.embedding.quantize import TableDtype, check_dtype, quantize_group
+from ninerank.embedding.table import TableLayout
+from ninerank.errors import BundleError, DataError, SpecError
 from ninerank.features.spec import FeatureSpec, Side
 from ninerank.features.transform import Transform
 from ninerank.files import creating
@@ -42,9 +45,14 @@ from ninerank.predictor.manifest import FileEntry, Manifest, check_label, hash_f
 from ninerank.predictor.request import RequestSchema
 from ninerank.towers.model import RankingModel
 
-__all__ = ["Bundle", "Golden", "export_bundle"]
+if TYPE_CHECKING:
+    from ninerank.predictor.engine import Engine
 
-GOLDEN_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-3}
+__all__ = ["ROUNDING_TOLERANCE", "Bundle", "Golden", "export_bundle"]
+
+# Differences of scores: what rounding alone makes of them from machine to machine, and what each type of tables may add at most.
+ROUNDING_TOLERANCE = 1e-5
+MOST_DIFFERENCE: dict[TableDtype, float] = {"fp32": 1e-5, "fp16": 1e-3, "int8": 1e-2, "int4": 1e-1}
 SPEC, GRAPH, WEIGHTS, GOLDEN = "spec.json", "graph.json", "weights.safetensors", "golden.parquet"
 TABLES, IDS = "tables", "ids"
 
@@ -61,7 +69,7 @@ class Golden:
 class Bundle:
     """A bundle whose checksums and digest hold; its golden scores are checked by the engine that will serve it.
 
-    tables: float32 (V, D) of each group, mapped from the file. ids: int64 (I,) of each dynamic table, mapped from the file.
+    tables: (V, D) of each group, or what it is quantised to, mapped from the file. ids: int64 (I,) of each dynamic table, mapped too.
     """
 
     directory: Path
@@ -109,13 +117,16 @@ def export_bundle(
     *,
     model_name: str,
     version: str,
+    tables: str = "fp32",
     progress: Callable[[str], None] | None = None,
 ) -> Manifest:
     """Write `model` as a bundle to `out_dir`, which must not exist yet, and return its manifest.
 
     golden: rows with the spec's columns (labels and others are left out); their scores under `model` go into the bundle, and the
-    finished bundle is loaded and must give them again before it gets its name. progress: called with what is being done.
-    Raises BundleError where that fails, where `out_dir` exists, or where the tower cannot be exported.
+    finished bundle is loaded and must give them again before it gets its name. tables: what tables are stored in, fp32, fp16, int8 or
+    int4; the largest difference that it makes of a golden score is written down, and is what the bundle is held to from then on.
+    progress: called with what is being done. Raises BundleError where golden scores move by more than MOST_DIFFERENCE, where `out_dir`
+    exists, where a table holds numbers that are not finite, or where the tower cannot be exported; SpecError for another `tables`.
     """
     from ninerank.predictor.engine import Engine  # the engine reads bundles, this is the one place that looks the other way
 
@@ -124,6 +135,7 @@ def export_bundle(
         raise BundleError(f"{out}: exists already; a bundle is never overwritten, choose another place")
     check_label("model name", model_name)
     check_label("model version", version)
+    dtype = check_dtype(tables)
     say = progress or (lambda _: None)
     was_training = model.training
     model.eval()
@@ -141,7 +153,7 @@ def export_bundle(
             spec.save(directory / SPEC)
             (directory / GRAPH).write_text(graph.text, encoding="utf-8")
             save_file(graph.weights, directory / WEIGHTS)
-            ids = _write_tables(directory, model.embedding, spec)
+            stored, ids = _write_tables(directory, model.embedding, spec, dtype)
             _write_golden(directory / GOLDEN, rows, scores_BT)
             manifest = Manifest(
                 model_name=model_name,
@@ -152,33 +164,57 @@ def export_bundle(
                 groups=model.embedding.dims,
                 dynamic={name: len(id_I) for name, id_I in ids.items()},
                 sequence_length=model.embedding.config.sequence_length,
-                golden_tolerance=GOLDEN_TOLERANCE["float32"],
+                table_dtypes=stored,
+                golden_tolerance=MOST_DIFFERENCE[dtype],
                 versions=_versions(),
                 files=_entries(directory),
             )
             manifest.write(directory)
             say("checking the finished bundle")
-            Engine.load(directory, device="cpu")
+            bundle = Bundle.load(directory)
+            difference = _difference(Engine(bundle, Device.resolve("cpu")), bundle, dtype)
+            tolerance = ROUNDING_TOLERANCE if dtype == "fp32" else difference + ROUNDING_TOLERANCE
+            manifest = manifest.model_copy(update={"golden_difference": difference, "golden_tolerance": tolerance})
+            manifest.write(directory)
     finally:
         model.train(was_training)
     return manifest
 
 
-def _write_tables(directory: Path, collection: EmbeddingCollection, spec: FeatureSpec) -> dict[str, Tensor]:
-    """Write the rows of all tables in spec order, one file a group, and the ids of dynamic ones; returns these."""
+def _write_tables(
+    directory: Path, collection: EmbeddingCollection, spec: FeatureSpec, dtype: TableDtype
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Write the rows of all tables in spec order, one file a group, and the ids of dynamic ones.
+
+    Returns what each group is stored in, and the ids. Raises BundleError for rows that `dtype` cannot hold.
+    """
     (directory / TABLES).mkdir()
+    stored: dict[str, str] = {}
     frozen = {name: freeze(table.values_state()) for name, table in collection.managed.items()}
     for name, group in collection.named_groups():
-        rows_VD = group.storage.detach().to("cpu", torch.float32)
+        rows_VD, layout = group.storage.detach().to("cpu", torch.float32), group.layout
         if frozen:
-            rows_VD = torch.cat([frozen[own][1][name] if own in frozen else rows_VD[group.layout.rows_of(own)] for own in spec.tables])
-        save_file({"rows": rows_VD}, directory / TABLES / f"{name}.safetensors")
+            parts = {own: frozen[own][1][name] if own in frozen else rows_VD[layout.rows_of(own)] for own in spec.tables}
+            rows_VD, layout = torch.cat(list(parts.values())), TableLayout.of({own: len(part_VD) for own, part_VD in parts.items()})
+        try:
+            table = quantize_group(rows_VD, layout, dtype, name=name)
+        except DataError as error:
+            raise BundleError(f"{error}; the model is not exported") from None
+        save_file({"rows": table.storage_VS}, directory / TABLES / f"{name}.safetensors")
+        stored[name] = table.dtype
     ids = {name: id_I for name, (id_I, _) in frozen.items()}
     if ids:
         (directory / IDS).mkdir()
     for name, id_I in ids.items():
         save_file({"ids": id_I.contiguous()}, directory / IDS / f"{name}.safetensors")
-    return ids
+    return stored, ids
+
+
+def _difference(engine: "Engine", bundle: Bundle, dtype: TableDtype) -> float:
+    try:
+        return engine.check_golden(bundle)
+    except BundleError as error:
+        raise BundleError(f"{error}{'' if dtype == 'fp32' else f'; tables in {dtype} may be too coarse for this model'}") from None
 
 
 def _golden_rows(spec: FeatureSpec, rows: pa.RecordBatch) -> pa.RecordBatch:

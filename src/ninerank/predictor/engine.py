@@ -13,14 +13,16 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from ninerank.device import Device
 from ninerank.embedding.collection import EmbeddingCollection, EmbeddingConfig
 from ninerank.embedding.dynamic.frozen import FrozenIds
+from ninerank.embedding.quantize import QuantizedTable, check_dtype
 from ninerank.errors import BundleError, DataError, RequestError, SpecError
 from ninerank.features.batch import Batch
 from ninerank.features.transform import Transform
-from ninerank.predictor.bundle import Bundle
+from ninerank.predictor.bundle import ROUNDING_TOLERANCE, Bundle
 from ninerank.predictor.graph import build_graph
 from ninerank.predictor.rawids import RawIds, lookup_spec
 from ninerank.predictor.request import RankInput, RankOutput, RequestSchema, StageTimes
@@ -74,21 +76,27 @@ class Engine:
         """scores_BT of rows that hold user and item columns side by side, as a training log does. Raises DataError."""
         return self._scores(self._transform.batch(rows, labels=False), time.perf_counter_ns())[0]
 
-    def check_golden(self, bundle: Bundle) -> None:
-        """Raise BundleError unless the golden rows get their scores, both as rows and as a request; this also warms the engine."""
-        golden, tolerance = bundle.golden, self.manifest.golden_tolerance
+    def check_golden(self, bundle: Bundle, tolerance: float | None = None) -> float:
+        """Largest difference from the golden scores, which are the trained model's; this also warms the engine.
+
+        tolerance: what is allowed, by default what the manifest says. Raises BundleError unless the golden rows get their scores within
+        it, and a request those of the same rows.
+        """
+        golden = bundle.golden
         try:
-            self._compare(self.score(golden.rows), golden.scores_BT, tolerance, "golden scores")
+            allowed = self.manifest.golden_tolerance if tolerance is None else tolerance
+            difference = self._compare(self.score(golden.rows), golden.scores_BT, allowed, "golden scores")
             # The first user with every candidate, against the same as joined rows: the way of a rank call.
             request = RankInput(golden.rows.select(self.schema.request.names).slice(0, 1), golden.rows.select(self.schema.item.names))
-            ranked = self.rank(request)
-            self._compare(ranked.scores_NT, self.score(self.schema.joined(request)), tolerance, "scores of a request and of the same rows")
+            again_NT = self.score(self.schema.joined(request))
+            self._compare(self.rank(request).scores_NT, again_NT, ROUNDING_TOLERANCE, "scores of a request and of the same rows")
         except BundleError:
             raise
         except Exception as error:  # a graph that is wrong may fail in any way
             raise BundleError(f"bundle {bundle.directory}: its golden rows cannot be scored ({type(error).__name__}: {error})") from error
+        return difference
 
-    def _compare(self, scores_BT: npt.NDArray[np.float32], wanted_BT: npt.NDArray[np.float32], tolerance: float, what: str) -> None:
+    def _compare(self, scores_BT: npt.NDArray[np.float32], wanted_BT: npt.NDArray[np.float32], tolerance: float, what: str) -> float:
         if scores_BT.shape != wanted_BT.shape:
             raise BundleError(f"{what} differ in shape: {scores_BT.shape} here, {wanted_BT.shape} wanted")
         difference = float(np.abs(scores_BT - wanted_BT).max())
@@ -98,6 +106,7 @@ class Engine:
                 f"at most {tolerance:g} is allowed; the bundle is not served"
             )
         log.info("%s: largest difference %.3g of %g allowed", what, difference, tolerance)
+        return difference
 
     def _scores(self, batch: Batch, start_ns: int) -> tuple[npt.NDArray[np.float32], StageTimes]:
         transformed = time.perf_counter_ns()
@@ -126,19 +135,25 @@ def _raw_ids(bundle: Bundle) -> RawIds:
 def _collection(bundle: Bundle, device: Device) -> EmbeddingCollection:
     """The lookup over the bundle's tables; on the CPU these stay mapped from their files."""
     manifest = bundle.manifest
-    for name, dim in manifest.groups.items():
-        rows_VD = bundle.tables[name]
-        if rows_VD.dtype != torch.float32 or rows_VD.shape[1:] != (dim,):
-            held = f"{rows_VD.dtype} {tuple(rows_VD.shape)}"
-            raise BundleError(f"bundle {bundle.directory}: tables of {name!r} are {held}, float32 of dim {dim} are needed")
     try:
         config = EmbeddingConfig.parse({"mode": "sparse", "sequence_length": manifest.sequence_length}, "embedding")
-        spec = lookup_spec(bundle.spec, manifest.dynamic)
-        collection = EmbeddingCollection.of_tables(spec, bundle.tables, config)
+        tables = {
+            name: _table(name, manifest.table_dtypes.get(name, "fp32"), dim, bundle.tables[name]) for name, dim in manifest.groups.items()
+        }
+        collection = EmbeddingCollection.of_tables(lookup_spec(bundle.spec, manifest.dynamic), tables, config)
     except SpecError as error:
         raise BundleError(f"bundle {bundle.directory}: {error}") from None
     for name, group in collection.named_groups():
         for table in manifest.dynamic:
-            if bool(group.table(table)[0].any()):
+            if bool(group.rows(torch.tensor([group.layout.rows_of(table).start])).any()):
                 raise BundleError(f"bundle {bundle.directory}: row 0 of table {table!r} in {name!r}, which unknown ids read, is not zero")
     return collection.to(device.torch_device).eval()
+
+
+def _table(group: str, dtype: str, dim: int, storage_VS: Tensor) -> QuantizedTable | Tensor:
+    """A group's storage as lookups take it; raises SpecError where it is not what the manifest says."""
+    try:
+        table = QuantizedTable(check_dtype(dtype), dim, storage_VS)
+    except SpecError as error:
+        raise SpecError(f"tables of {group!r}: {error}") from None
+    return storage_VS if table.dtype == "fp32" else table

@@ -36,8 +36,10 @@ class Manifest(Config):
     """What a bundle says of itself.
 
     groups: dim of each group of tables. dynamic: number of ids of each dynamic table. tasks: label columns, in the order of the model's
-    outputs. precision: of the tables and the graph as stored. golden_tolerance: largest score difference at which the bundle still counts
-    as answering as it did when made.
+    outputs. precision: of the tables and the graph as trained. table_dtypes: what the tables of a group are stored in (fp32, fp16, int8,
+    int4); fp32 where it is not named.
+    golden_difference: largest difference between the bundle's golden scores and the trained model's, seen when it was made.
+    golden_tolerance: largest difference at which it still counts as answering as it did then.
     """
 
     format: int = FORMAT
@@ -50,6 +52,8 @@ class Manifest(Config):
     dynamic: dict[str, int] = Field(default_factory=dict)
     sequence_length: str
     precision: str = "float32"
+    table_dtypes: dict[str, str] = Field(default_factory=dict)
+    golden_difference: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     golden_tolerance: float = Field(gt=0, allow_inf_nan=False)
     versions: dict[str, str]
     files: dict[str, FileEntry]
