@@ -145,13 +145,7 @@ class SparseOptimizer:
             table.update(self.lr_scale)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Plain tensors under `<group>.<table>.<state>`, views of the state; for managed tables `managed.<table>.<column>`."""
-        state = self._static_state()
-        for name, own in self._managed.items():
-            state.update({f"managed.{name}.{key}": value for key, value in own.state().items()})
-        return state
-
-    def _static_state(self) -> dict[str, Tensor]:
+        """Plain tensors under `<group>.<table>.<state>`, views of the state; managed tables keep theirs (`ManagedTable.state`)."""
         return {
             f"{name}.{table}.{key}": value[rows]
             for name, group in self._groups
@@ -160,23 +154,17 @@ class SparseOptimizer:
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take a state as `state_dict` gives it, in any order of tables; raises CheckpointError and changes no static table if it does
-        not fit.
-        """
-        static = {key: value for key, value in state.items() if not key.startswith("managed.")}
-        own = self._static_state()
-        for key in sorted(own.keys() ^ static.keys()):
+        """Take a state as `state_dict` gives it, in any order of tables; raises CheckpointError and changes nothing if it does not fit."""
+        own = self.state_dict()
+        for key in sorted(own.keys() ^ state.keys()):
             where = "is missing" if key in own else f"is not of this optimizer ({self.config.kind})"
-            raise CheckpointError(f"sparse optimizer state: {key!r} {where}; {len(own)} tensors are needed, {len(static)} were given")
+            raise CheckpointError(f"sparse optimizer state: {key!r} {where}; {len(own)} tensors are needed, {len(state)} were given")
         for key, value in own.items():
-            if value.shape != static[key].shape:
-                met, needed = tuple(static[key].shape), tuple(value.shape)
+            if value.shape != state[key].shape:
+                met, needed = tuple(state[key].shape), tuple(value.shape)
                 raise CheckpointError(f"sparse optimizer state: {key!r} has shape {met}, {needed} is needed")
-        for name, table in self._managed.items():
-            start = f"managed.{name}."
-            table.load_state({key.removeprefix(start): value for key, value in state.items() if key.startswith(start)})
         for key, value in own.items():
-            value.copy_(static[key])
+            value.copy_(state[key])
 
 
 def sparse_optimizer(collection: EmbeddingCollection, config: SparseOptimizerConfig) -> SparseOptimizer:

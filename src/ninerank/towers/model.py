@@ -52,6 +52,12 @@ class RankingModel(nn.Module):
         """Numbers that are learned, those of managed tables as they are now."""
         return sum(parameter.numel() for parameter in self.tower.parameters()) + self.embedding.num_values
 
+    def static_state(self) -> dict[str, Tensor]:
+        """`state_dict` without managed tables, whose `state` is by id and of any length."""
+        tower: dict[str, Tensor] = self.tower.state_dict(prefix="tower.")
+        groups: dict[str, Tensor] = self.embedding.groups.state_dict(prefix="embedding.groups.")
+        return tower | groups
+
     def forward(self, batch: Batch) -> Tensor:
         logits_BT: Tensor = self.tower(self.embedding(batch))
         return logits_BT

@@ -18,7 +18,7 @@ from ninerank.errors import CheckpointError, DeviceError, SpecError
 from ninerank.features.batch import Batch
 from ninerank.features.spec import FeatureSpec
 from ninerank.towers.registry import build_model
-from ninerank.training.checkpoint import BestWeights, Checkpoint, CheckpointStore, PerProcess, load_weights
+from ninerank.training.checkpoint import BestWeights, ById, Checkpoint, CheckpointStore, PerProcess, load_weights
 from ninerank.training.display import Display, Stage
 from ninerank.training.history import History
 from ninerank.training.interrupt import Interrupts, TrainingInterrupted
@@ -290,18 +290,25 @@ class Trainer:
             "optimizer": flatten(self.optimizer.state_dict(), "state", optimizer),
             "train": {"num_rows": self.train.num_rows, "in_memory": self.train.in_memory},
         }
-        random = PerProcess(generator_state(self.device.torch_device))
-        return self.store.save(self.progress.step, {"model": self.model.state_dict(), "optimizer": optimizer, "random": random}, state)
+        tree = {
+            "model": self.model.static_state(),
+            "optimizer": optimizer,
+            "managed": {name: ById(table.state()) for name, table in self.model.embedding.managed.items()},
+            "random": PerProcess(generator_state(self.device.torch_device)),
+        }
+        return self.store.save(self.progress.step, tree, state)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         where, state = str(checkpoint.directory), checkpoint.state
         train = {"num_rows": self.train.num_rows, "in_memory": self.train.in_memory}
         if state["train"] != train:
             raise CheckpointError(f"{where}: was saved over training data {state['train']}, they are now {train}: their order would differ")
-        checkpoint.read({"model": self.model.state_dict()})
+        checkpoint.read({"model": self.model.static_state()})
         own: dict[str, Tensor] = {}
         flatten(self.optimizer.state_dict(), "state", own)
         self.optimizer.load_state_dict(restore(state["optimizer"], checkpoint.section("optimizer", into=own)))
+        for name, table in self.model.embedding.managed.items():
+            table.load_state(checkpoint.by_id(f"managed.{name}"))
         self.progress = Progress(**state["progress"])
         generators = checkpoint.own("random")
         if generators is None:
