@@ -86,9 +86,8 @@ class Player:
     def __init__(self, folder: Path, name: str) -> None:
         player = PLAYERS[name]
         encoding = player.get("encoding", {"kind": "hashed", "num_buckets": ID_VALUES - 1})
-        features = [
-            {"kind": "id", "name": f"c{i}", "role": "user" if i % 2 else "item", "dtype": "int64", "encoding": encoding} for i in range(NUM_IDS)
-        ]
+        names = [(f"c{i}", "user" if i % 2 else "item") for i in range(NUM_IDS)]
+        features = [{"kind": "id", "name": c, "role": role, "dtype": "int64", "encoding": encoding} for c, role in names]
         features += [{"kind": "numeric", "name": f"n{i}", "role": "user"} for i in range(NUM_NUMBERS)]
         recipe = {
             "data": {"dir": str(folder), "train": "train.parquet", "valid": "valid.parquet", "batch_size": 4096},

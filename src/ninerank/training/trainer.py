@@ -19,6 +19,7 @@ from ninerank.features.batch import Batch
 from ninerank.features.spec import FeatureSpec
 from ninerank.towers.registry import build_model
 from ninerank.training.checkpoint import BestWeights, ById, Checkpoint, CheckpointStore, PerProcess, load_weights
+from ninerank.training.checkpoint.tree import Tree
 from ninerank.training.display import Display, Stage
 from ninerank.training.history import History
 from ninerank.training.interrupt import Interrupts, TrainingInterrupted
@@ -290,7 +291,7 @@ class Trainer:
             "optimizer": flatten(self.optimizer.state_dict(), "state", optimizer),
             "train": {"num_rows": self.train.num_rows, "in_memory": self.train.in_memory},
         }
-        tree = {
+        tree: Tree = {
             "model": self.model.static_state(),
             "optimizer": optimizer,
             "managed": {name: ById(table.state()) for name, table in self.model.embedding.managed.items()},
