@@ -159,6 +159,23 @@ def test_an_unknown_id_scores_as_a_missing_one(engine: Engine, log_rows: Rows) -
         assert not np.array_equal(engine.score(unseen), engine.score(rows))
 
 
+@pytest.mark.parametrize("tables", ["fp16", "int8"])
+def test_quantised_rows_of_dynamic_tables(dynamic_spec: FeatureSpec, log_rows: Rows, tables: str, tmp_path: Path) -> None:
+    model = build_model(
+        parse_model({"name": "deepfm", "embedding_dim": 16, "mlp": {"hidden": [4]}}), dynamic_spec, EmbeddingConfig(init_std=0.1), seed=2
+    ).eval()
+    rows = log_rows(64)
+    model.embedding.prepare(Transform(dynamic_spec).batch(rows), step=0)
+    model.embedding.finish_step(0)
+    manifest = export_bundle(model, dynamic_spec, rows, tmp_path / "a", model_name="small", version="1", tables=tables)
+    assert manifest.table_dtypes["deep"] == tables
+    engine = Engine.load(tmp_path / "a", "cpu")
+    unseen = log_rows(64, seed=5)
+    with torch.inference_mode():
+        wanted = torch.sigmoid(model(Transform(dynamic_spec).batch(unseen))).numpy()
+    assert np.abs(engine.score(unseen) - wanted).max() <= 1e-3
+
+
 @settings(max_examples=20)
 @given(st.lists(st.fixed_dictionaries(COLUMNS), min_size=1, max_size=8))
 def test_any_int64_scores_as_in_training(small: tuple[RankingModel, Engine], rows: list[dict[str, Any]]) -> None:
