@@ -10,11 +10,16 @@ be equal, bit for bit, at the end.
     host, ahead     rows in RAM, prefetch on            host, on demand     prefetch off
     disk, ahead     rows in a mapped file               disk, on demand
 
+    disk, cold          as on demand, all pages of the file dropped from RAM before each step: what a file much larger than RAM costs
+
 Before that: LFU's hit rate for several values of --decays, on ids whose popularity stays (`steady`) and on ids half of which are
 renamed every 200 batches (`moving`).
 """
 
 import argparse
+import ctypes
+import mmap
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,7 +30,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from harness import Result, interleave
+from harness import Result, Timing, interleave
 from ninerank.embedding.table import TableGroup, TableLayout
 from ninerank.embedding.tiers import TierConfig, TieredTable
 from ninerank.embedding.tiers.slots import Slots
@@ -57,6 +62,8 @@ def main() -> None:
                 result.figure(f"hit_rate_{kind}_decay_{decay:g}", rates)
         with tempfile.TemporaryDirectory(dir=options.directory) as directory:
             compare(result, options, cache_rows, directory)
+        with tempfile.TemporaryDirectory(dir=options.directory) as directory:
+            cold(result, options, cache_rows, directory)
 
 
 class Ids:
@@ -69,7 +76,8 @@ class Ids:
 
     def draw(self) -> npt.NDArray[np.int64]:
         ranks = np.searchsorted(self.cumulative, self.rng.random(self.batch) * self.cumulative[-1])
-        return self.name[ranks]
+        ids: npt.NDArray[np.int64] = self.name[ranks]
+        return ids
 
     def move(self) -> None:
         """Give every second rank another id."""
@@ -129,6 +137,13 @@ class Memory:
         return values | {f"state.{group}.sum": state[0] for group, state in self.states.items()}
 
 
+def trained(num_rows: int, config: TierConfig) -> TieredTable:
+    """A tiered table that is ready to train."""
+    table = TieredTable("item", num_rows, DIMS, config, seed=SEED)
+    table.train_with(RowwiseAdagrad(), LR)
+    return table
+
+
 def compare(result: Result, options: argparse.Namespace, cache_rows: int, directory: str) -> None:
     """Time the steps of all tables in turns."""
     ids = Ids(options.rows, options.batch)
@@ -139,7 +154,7 @@ def compare(result: Result, options: argparse.Namespace, cache_rows: int, direct
             place = {"directory": f"{directory}/{kind}"} if placement == "disk" else {}
             config = TierConfig.parse({"placement": placement, "cache_rows": cache_rows, "prefetch": prefetch, **place}, "bench")
             start = time.perf_counter()
-            tables[f"{placement}_{kind}"] = TieredTable("item", options.rows, DIMS, config, RowwiseAdagrad(), lr=LR, seed=SEED)
+            tables[f"{placement}_{kind}"] = trained(options.rows, config)
             result.figure(f"{placement}_{kind}_start_s", time.perf_counter() - start)
     dense = dense_work(options.dense_ms)
     steps = {name: Steps(table, batches, dense) for name, table in tables.items()}
@@ -159,6 +174,37 @@ def compare(result: Result, options: argparse.Namespace, cache_rows: int, direct
             result.figure(f"{name}_read_mb_per_step", figures.bytes_read / len(batches) / 1e6)
             result.figure(f"{name}_written_mb_per_step", figures.bytes_written / len(batches) / 1e6)
             table.close()
+
+
+def cold(result: Result, options: argparse.Namespace, cache_rows: int, directory: str) -> None:
+    """Time steps whose rows must come from the disk, and whose evicted ones have no page in RAM either."""
+    ids, rounds = Ids(options.rows, options.batch), options.rounds // 3
+    batches = [torch.from_numpy(ids.draw()) for _ in range(options.warm_up + rounds + 1)]
+    config = TierConfig(placement="disk", cache_rows=cache_rows, prefetch=False, directory=directory)
+    with trained(options.rows, config) as table:
+        first = table.state()["value.deep"].data_ptr()
+        num_bytes = sum(column.nbytes for column in table.state().values())
+        step, seconds = Steps(table, batches, dense_work(options.dense_ms)), []
+        for _ in range(options.warm_up):
+            step()
+        for _ in range(rounds):
+            drop_pages(Path(directory) / "item.tier" / "rows.bin", first, num_bytes)
+            start = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - start)
+    result.figure("disk_cold_step_ms", Timing.of(seconds).p50_ms)
+
+
+def drop_pages(file: Path, address: int, num_bytes: int) -> None:
+    """Write a mapped file to the disk and have the system forget its pages."""
+    descriptor = os.open(file, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+        if ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(num_bytes), mmap.MADV_DONTNEED):
+            raise SystemExit(f"{file}: its pages cannot be dropped")
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
 
 
 def dense_work(milliseconds: float) -> Callable[[], object]:

@@ -13,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ninerank.embedding.managed import ManagedTable
+from ninerank.embedding.pending import PendingGradients
 from ninerank.embedding.table import TableGroup, TableLayout
 from ninerank.embedding.tiers import TierConfig, TieredTable
 from ninerank.errors import CheckpointError, DataError, SpecError
 from ninerank.fusion.kernels.embedding_update import FTRL, SGD, Adagrad, Adam, RowOptimizer, RowwiseAdagrad
-from ninerank.fusion.lookup import LookupGrad, sequence
+from ninerank.fusion.lookup import sequence
 
 OPTIMIZERS: dict[str, RowOptimizer] = {
     "sgd": SGD(weight_decay=0.01),
@@ -40,18 +42,19 @@ class MemoryTable:
             group: TableGroup.drawn(group, layout, dim, sparse=True, init_std=STD, seed=SEED).table(name) for group, dim in dims.items()
         }
         self.states = {group: optimizer.new_state(values, torch.tensor([LR])) for group, values in self.values.items()}
-        self.pending: dict[str, list[LookupGrad]] = {group: [] for group in dims}
+        self.gradients = {group: PendingGradients() for group in dims}
+
+    def num_rows(self, group: str) -> int:
+        return len(self.values[group])
 
     def rows(self, group: str, row_N: Tensor) -> Tensor:
-        return sequence(self.values[group].requires_grad_(), row_N, on_grad=self.pending[group].append)
+        return sequence(self.values[group].requires_grad_(), row_N, on_grad=self.gradients[group].add)
 
-    def update(self, lr_scale: float, grad_scale: Tensor | None) -> None:
+    def update(self, lr_scale: float = 1.0) -> None:
         lr_T, first_row_T = torch.tensor([LR * lr_scale]), torch.zeros(1, dtype=torch.int64)
-        for group, parts in self.pending.items():
-            weights, states = self.values[group].detach(), self.states[group]
-            if parts:
-                LookupGrad.merged(parts).apply(weights, states, first_row_T, lr_T, self.optimizer, grad_scale=grad_scale)
-            parts.clear()
+        for group, gradients in self.gradients.items():
+            gradients.apply(self.values[group].detach(), self.states[group], first_row_T, lr_T, self.optimizer)
+            gradients.clear()
 
     def state(self) -> dict[str, Tensor]:
         state = {f"value.{group}": values.detach() for group, values in self.values.items()}
@@ -70,7 +73,10 @@ def id_stream(kind: str, num_rows: int, batch: int, seed: int) -> Iterator[Tenso
 
 
 def train(table: TieredTable | MemoryTable, ids: Tensor, step: int, upcoming: Tensor | None = None) -> dict[str, Tensor]:
-    """One step with a loss that no two rows share; returns what was looked up."""
+    """One step with a loss that no two rows share, its gradients clipped by norm every second time.
+
+    Returns what was looked up, and the norms.
+    """
     rng = np.random.default_rng(step)
     tiered = table if isinstance(table, TieredTable) else None
     rows = tiered.prepare(ids, step=step) if tiered else ids
@@ -85,10 +91,17 @@ def train(table: TieredTable | MemoryTable, ids: Tensor, step: int, upcoming: Te
     # A second lookup of some of the same rows: its gradients are merged with those of the first.
     loss = loss + table.rows("deep", rows[: len(ids) // 3]).sum()
     loss.backward()
-    table.update(1.0 if isinstance(table.optimizer, FTRL) else 0.5 + 0.1 * (step % 3), torch.tensor(0.75) if step % 2 else None)
+    norms = {}
+    if step % 2:
+        for group, gradients in table.gradients.items():
+            grad = gradients.coalesced(table.num_rows(group))
+            assert grad is not None
+            norms[f"{group} norm"] = torch.linalg.vector_norm(grad.grad_GD)
+            gradients.scale_(torch.clamp(2.0 / norms[f"{group} norm"], max=1.0))
+    table.update(1.0 if isinstance(table.optimizer, FTRL) else 0.5 + 0.1 * (step % 3))
     if tiered:
         tiered.finish_step(step)
-    return {group: values.detach() for group, values in out.items()}
+    return {group: values.detach() for group, values in out.items()} | norms
 
 
 def assert_equal(met: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
@@ -101,7 +114,9 @@ def assert_equal(met: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Non
 
 
 def tiered(num_rows: int, config: dict[str, Any], optimizer: RowOptimizer = SGD(), **more: Any) -> TieredTable:  # noqa: B008 (frozen)
-    return TieredTable("item", num_rows, DIMS, TierConfig.parse(config, "tier"), optimizer, lr=LR, seed=SEED, init_std=STD, **more)
+    table = TieredTable("item", num_rows, DIMS, TierConfig.parse(config, "tier"), seed=SEED, init_std=STD, **more)
+    table.train_with(optimizer, LR)
+    return table
 
 
 @settings(deadline=None, max_examples=40)
@@ -157,20 +172,21 @@ def test_long_run_with_evictions(rule: str, placement: str, tmp_path: Any) -> No
             assert_equal(train(table, ids, step, upcoming), train(memory, ids, step))
         figures = table.statistics()
         assert_equal(table.state(), memory.state())
+        record_bytes = sum(tensor[0].nbytes for tensor in table.state().values())
     assert figures.evictions > 2000
     assert figures.size == figures.cache_rows == 200
     assert 0.2 < figures.hit_rate < 0.9
     assert figures.hits + figures.misses == sum(len(ids.unique()) for ids in batches[:-1])
     # Announced while the batch before it trains, every miss but those of the first batch has been read ahead.
     assert figures.prefetched == figures.misses - len(batches[0].unique())
-    assert figures.bytes_read == (figures.misses + len(table_misses(batches[-1], table))) * table.record.num_bytes
-    assert 0 < figures.bytes_written <= figures.evictions * table.record.num_bytes
+    assert figures.bytes_read == (figures.misses + len(table_misses(batches[-1], table))) * record_bytes
+    assert 0 < figures.bytes_written <= figures.evictions * record_bytes
     assert figures.as_metrics("tier.item")["tier.item.evictions"] == figures.evictions
 
 
 def table_misses(ids: Tensor, table: TieredTable) -> set[int]:
     """Rows of the last announcement that the cache did not hold: read, and not used any more."""
-    return set(ids.tolist()) - set(table._slots.row.tolist())
+    return set(ids.tolist()) - set(table._cache.slots.row.tolist())
 
 
 def test_reading_between_announcement_and_batch() -> None:
@@ -220,7 +236,7 @@ def test_two_steps_in_flight_keep_their_rows() -> None:
         for step, (rows, ids) in enumerate(zip(slots, (first, second), strict=True)):
             for each, place in ((table, rows), (memory, ids)):
                 each.rows("deep", place).sum().backward()
-                each.update(1.0, None)
+                each.update()
             table.finish_step(step)
         assert table.prepare(torch.arange(90, 98), step=2).shape == (8,)
         table.finish_step(2)
@@ -234,12 +250,12 @@ def test_gradients_need_an_open_step_and_an_update() -> None:
         assert slots.shape == (2, 2)
         values = table.rows("deep", slots)
         assert values.shape == (2, 2, 4)
-        assert table.pending("deep") is None
+        assert table.gradients["deep"].coalesced(10) is None
         values.sum().backward()
         table.rows("deep", slots).sum().backward()
-        grad = table.pending("deep")
+        grad = table.gradients["deep"].coalesced(10)
         assert grad is not None
-        assert torch.equal(grad.coalesced(4).grad_GD, torch.full((2, 4), 4.0))
+        assert torch.equal(grad.grad_GD, torch.full((2, 4), 4.0))
         with pytest.raises(RuntimeError, match="step 0 ends with gradients left"):
             table.finish_step(0)
         table.zero_grad()
@@ -311,8 +327,8 @@ def test_ids_that_cannot_be() -> None:
 
 def test_sizes_and_settings_that_cannot_be() -> None:
     for num_rows, dims in ((0, DIMS), (5, {}), (5, {"deep": 0})):
-        with pytest.raises(SpecError, match="at least one row and one group"):
-            TieredTable("item", num_rows, dims, TierConfig(cache_rows=3), SGD(), lr=LR, seed=0)
+        with pytest.raises(SpecError, match="a row and a group of dim 1 or more are needed"):
+            TieredTable("item", num_rows, dims, TierConfig(cache_rows=3), seed=0)
     for config, message in (
         ({"cache_rows": 0}, "tier.cache_rows"),
         ({"cache_rows": 5, "placement": "disk"}, "needs a directory"),
@@ -332,3 +348,42 @@ def test_a_cache_for_all_rows_never_evicts() -> None:
         figures = table.statistics()
     assert (figures.cache_rows, figures.evictions, figures.bytes_written) == (20, 0, 0)
     table.close()
+
+
+def test_values_alone_and_an_optimizer_given_later() -> None:
+    """A table that was read, or took another's values, starts its state from these when it is told the optimizer."""
+    values = {f"value.{group}": torch.randn(300, dim, generator=torch.Generator().manual_seed(1)) for group, dim in DIMS.items()}
+    memory = MemoryTable("item", 300, DIMS, OPTIMIZERS["ftrl"])
+    for group in DIMS:
+        memory.values[group] = values[f"value.{group}"].clone()
+        memory.states[group] = memory.optimizer.new_state(memory.values[group], torch.tensor([LR]))
+    table: ManagedTable = TieredTable("item", 300, DIMS, TierConfig(cache_rows=40), seed=SEED, init_std=STD)
+    assert isinstance(table, TieredTable)
+    with table:
+        start = MemoryTable("item", 300, DIMS, SGD()).state()
+        assert torch.equal(table.rows("deep", table.prepare(torch.arange(40))), start["value.deep"][:40])
+        assert table.state().keys() == table.values_state().keys() == values.keys()
+        table.load_values(values)
+        assert_equal(table.values_state(), values)
+        table.train_with(OPTIMIZERS["ftrl"], LR)
+        assert_equal(table.state(), memory.state())
+        for step, ids in enumerate(islice(id_stream("zipf", 300, 50, 4), 8)):
+            assert_equal(train(table, ids, step), train(memory, ids, step))
+        assert_equal(table.state(), memory.state())
+        table.load_values(values)
+        assert torch.equal(table.state()["state.deep.z"], memory.optimizer.new_state(values["value.deep"], torch.tensor([LR]))[0])
+        assert table.metrics()["table.item.evictions"] > 0
+        with pytest.raises(CheckpointError, match="'state.deep.n' is not of this table"):
+            table.load_values(table.state())
+        table.prepare(torch.tensor([1]), step=9)
+        with pytest.raises(RuntimeError, match="an optimizer is given in the middle of step 9"):
+            table.train_with(SGD(), LR)
+    with pytest.raises(RuntimeError, match="is closed"):
+        table.prepare(torch.tensor([1]))
+
+
+def test_gradients_without_an_optimizer() -> None:
+    with TieredTable("item", 30, DIMS, TierConfig(cache_rows=4), seed=SEED) as table:
+        table.rows("deep", table.prepare(torch.tensor([1]), step=0)).sum().backward()
+        with pytest.raises(RuntimeError, match="has gradients and no optimizer"):
+            table.update()

@@ -22,12 +22,14 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 def on_disk(directory: Path, *, name: str = "item", rows: int = 50, keep: bool = False, lr: float = 0.1, seed: int = 1) -> TieredTable:
     config = TierConfig(placement="disk", cache_rows=8, directory=str(directory), keep=keep)
-    return TieredTable(name, rows, {"deep": 4}, config, Adam(), lr=lr, seed=seed)
+    table = TieredTable(name, rows, {"deep": 4}, config, seed=seed)
+    table.train_with(Adam(), lr)
+    return table
 
 
 def train(table: TieredTable, steps: int, first: int = 0) -> None:
     for step in range(first, first + steps):
-        ids = torch.arange(step, step + 6) * 3 % table.num_rows
+        ids = torch.arange(step, step + 6) * 3 % table.num_rows("deep")
         table.rows("deep", table.prepare(ids, step=step)).square().sum().backward()
         table.update()
         table.finish_step(step)
@@ -41,17 +43,23 @@ def test_one_file_while_it_runs_and_nothing_after(tmp_path: Path) -> None:
     with on_disk(tmp_path / "scratch") as table:
         train(table, 5)
         assert sorted(file.name for file in (tmp_path / "scratch" / "item.tier").iterdir()) == ["lock", "owner.json", "rows.bin"]
-        assert (tmp_path / "scratch" / "item.tier" / "rows.bin").stat().st_size == 50 * table.record.num_bytes
+        assert (tmp_path / "scratch" / "item.tier" / "rows.bin").stat().st_size == 50 * (3 * 4 * 4 + 4)
         state = table.state()
     assert list((tmp_path / "scratch").iterdir()) == []
     assert state["state.deep.step"].sum() == 30  # mapped: there as long as somebody holds it
     table.close()
 
 
-def test_start_values_are_those_of_a_table_in_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_read_first", [False, True])
+def test_start_values_are_those_of_a_table_in_memory(is_read_first: bool, tmp_path: Path) -> None:
     """Over more than one block of rows, the state that depends on them included."""
     config = TierConfig(placement="disk", cache_rows=8, directory=str(tmp_path))
-    with TieredTable("item", 70_000, {"deep": 3, "linear": 1}, config, FTRL(l1=0.1), lr=0.2, seed=5, init_std=0.3) as table:
+    with TieredTable("item", 70_000, {"deep": 3, "linear": 1}, config, seed=5, init_std=0.3) as table:
+        assert list(tmp_path.iterdir()) == []
+        if is_read_first:
+            table.prepare(torch.tensor([69_999]))
+        table.train_with(FTRL(l1=0.1), 0.2)
+        assert (tmp_path / "item.tier" / "rows.bin").stat().st_size == 70_000 * 4 * 12
         state = table.state()
         for group, dim in (("deep", 3), ("linear", 1)):
             values = torch.cat([torch.from_numpy(block) for _, block in initial_rows(5, group, "item", 70_000, dim, 0.3)])
@@ -210,8 +218,9 @@ MEMORY = """
 
     def peak_bytes(num_rows):
         config = TierConfig(placement="disk", cache_rows=5000, directory={directory!r})
-        with TieredTable("item", num_rows, {{"deep": 24, "linear": 1}}, config, RowwiseAdagrad(), lr=0.1, seed=1) as table:
-            assert table.record.num_bytes == 108
+        with TieredTable("item", num_rows, {{"deep": 24, "linear": 1}}, config, seed=1) as table:
+            table.train_with(RowwiseAdagrad(), 0.1)
+            assert sum(column[0].nbytes for column in table.state().values()) == 108
             peak = anonymous_bytes()
             for step in range(20):
                 ids = torch.randint(0, num_rows, (4000,), generator=torch.Generator().manual_seed(step))

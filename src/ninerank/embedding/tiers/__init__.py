@@ -1,9 +1,9 @@
 """Embedding tables larger than device memory: a row cache on the device over host memory, or over a file on disk.
 
-config.py    TierConfig                      records.py   one row's values and state as one record
-slots.py     which rows are cached, LFU      backing.py   the whole table in RAM or in a mapped file
-traffic.py   reads ahead, writes behind      scratch.py   the directory of a table on disk
-table.py     TieredTable                     statistics.py
+config.py    TierConfig                       table.py     TieredTable
+cache.py     rows on the device               store.py     all rows, by column        records.py  one row's values and state, side by side
+slots.py     which rows are cached: LFU       backing.py   in RAM or in a mapped file
+traffic.py   reads ahead, writes behind       scratch.py   the directory of a table on disk
 """
 
 from ninerank.embedding.tiers.backing import kept_columns

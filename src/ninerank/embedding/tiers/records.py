@@ -8,7 +8,7 @@ that is one page instead of as many as there are columns. A column is a view of 
 R rows of a table, K moved rows, W words of a record, D embedding dim of a group.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,9 +22,10 @@ from ninerank.embedding.table import initial_rows
 from ninerank.features.native import jit
 from ninerank.fusion.kernels.embedding_update import RowOptimizer
 
-__all__ = ["Record", "RecordColumn", "Words", "gather", "scatter", "start_blocks"]
+__all__ = ["Columns", "Record", "RecordColumn", "Words", "gather", "initial_values", "scatter", "with_fresh_state"]
 
 Words = npt.NDArray[np.int32]
+Columns = Mapping[str, Tensor]
 
 WORD_BYTES = 4
 WORDS_PER_LINE = 16
@@ -57,12 +58,14 @@ class Record:
     columns: tuple[RecordColumn, ...]
 
     @classmethod
-    def of(cls, dims: Mapping[str, int], optimizer: RowOptimizer) -> "Record":
+    def of(cls, dims: Mapping[str, int], optimizer: RowOptimizer | None) -> "Record":
         columns: list[RecordColumn] = []
         for group, dim in dims.items():
             values = torch.empty(1, dim)
-            states = optimizer.new_state(values, torch.ones(1))
-            named = [(f"value.{group}", values), *((f"state.{group}.{n}", s) for n, s in zip(optimizer.state_names, states, strict=True))]
+            named = [(f"value.{group}", values)]
+            if optimizer is not None:
+                states = zip(optimizer.state_names, optimizer.new_state(values, torch.ones(1)), strict=True)
+                named += [(f"state.{group}.{name}", state) for name, state in states]
             for name, tensor in named:
                 if tensor.dtype.itemsize != WORD_BYTES:
                     raise ValueError(f"{name} is {tensor.dtype}; records are made of numbers of {WORD_BYTES} bytes")
@@ -82,24 +85,32 @@ class Record:
         """Views of all columns."""
         return {column.name: column.of(records_KW) for column in self.columns}
 
-    def pack(self, columns: Mapping[str, Tensor]) -> Tensor:
+    def pack(self, columns: Columns) -> Tensor:
         """Records (K, W) int32 of columns that have K rows each."""
         return torch.cat([columns[column.name].view(torch.int32).reshape(-1, column.num_words) for column in self.columns], dim=1)
 
 
-def start_blocks(
-    record: Record, dims: Mapping[str, int], optimizer: RowOptimizer, lr: float, *, seed: int, table: str, num_rows: int, std: float
+def initial_values(dims: Mapping[str, int], *, seed: int, table: str, num_rows: int, std: float) -> Iterator[tuple[int, Columns]]:
+    """Blocks (first row, values by column) of a table's start, equal to those of a table in memory."""
+    groups = [initial_rows(seed, group, table, num_rows, dim, std) for group, dim in dims.items()]
+    for drawn in zip(*groups, strict=True):
+        yield drawn[0][0], {f"value.{group}": torch.from_numpy(values) for group, (_, values) in zip(dims, drawn, strict=True)}
+
+
+def with_fresh_state(
+    record: Record, blocks: Iterable[tuple[int, Columns]], optimizer: RowOptimizer | None, lr: float
 ) -> Iterator[tuple[int, Words]]:
-    """Blocks (first row, records) of a table's start: the values of `initial_rows` and the optimizer's state for them."""
+    """Blocks (first row, records) of values that the optimizer has not met."""
     lr_1 = torch.tensor([lr])
-    blocks = [initial_rows(seed, group, table, num_rows, dim, std) for group, dim in dims.items()]
-    for drawn in zip(*blocks, strict=True):
-        columns = {}
-        for group, (_, values) in zip(dims, drawn, strict=True):
-            columns[f"value.{group}"] = torch.from_numpy(values)
-            states = optimizer.new_state(columns[f"value.{group}"], lr_1)
-            columns |= {f"state.{group}.{name}": state for name, state in zip(optimizer.state_names, states, strict=True)}
-        yield drawn[0][0], record.pack(columns).numpy()
+    for first, values in blocks:
+        columns = dict(values)
+        for name, tensor in values.items():
+            if optimizer is None:
+                continue
+            states = optimizer.new_state(tensor.contiguous(), lr_1)
+            names = (name.replace("value.", "state.", 1) + f".{state}" for state in optimizer.state_names)
+            columns |= dict(zip(names, states, strict=True))
+        yield first, record.pack(columns).numpy()
 
 
 @jit

@@ -41,7 +41,7 @@ class Owner(Config):
     table: str
     num_rows: int
     columns: tuple[OwnerColumn, ...]
-    optimizer: str
+    optimizer: str | None
     lr: float
     seed: int
     init_std: float
@@ -83,6 +83,11 @@ class ScratchDirectory:
     def draft(self) -> Path:
         """Place of the records while their start is written."""
         return self.path / DRAFT
+
+    def change_owner(self, owner: Owner) -> None:
+        """Note that the file is about to be written anew for `owner`."""
+        self.owner = owner
+        self._write_owner(owner)
 
     def finish(self, *, keep: bool) -> None:
         """Mark the directory as kept, or remove it; give up the lock. A second call does nothing."""

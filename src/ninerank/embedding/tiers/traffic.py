@@ -24,6 +24,9 @@ from ninerank.embedding.tiers.records import Words, gather, scatter
 __all__ = ["Traffic"]
 
 MAX_WRITES = 2
+# Threads that touch a mapped file: while one waits for its page to come from the disk, the others ask for theirs.
+MOVERS = 16
+ROWS_PER_MOVER = 128
 
 
 @dataclass
@@ -42,15 +45,16 @@ class _Staged:
 class Traffic:
     """Reads and writes of one table's records. device: what rows are staged for; its transfers start from pinned memory.
 
-    is_threaded: work on a background thread; otherwise each call does its work at once, and `announce` nothing.
+    is_threaded: work on a background thread; otherwise each call does its work at once, and `announce` nothing. waits_for_disk: each row
+    may have to come from the disk first, so that many are sent for at once.
     """
 
-    def __init__(self, words: Words, device: torch.device, *, is_threaded: bool, name: str) -> None:
+    def __init__(self, words: Words, device: torch.device, *, is_threaded: bool, waits_for_disk: bool, name: str) -> None:
         self._words, self._device = words, device
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"ninerank-tier-{name}") if is_threaded else None
+        self._movers = ThreadPoolExecutor(MOVERS, thread_name_prefix=f"ninerank-tier-{name}-disk") if waits_for_disk else None
         self._writes: deque[Future[None]] = deque()
         self._staged: _Staged | None = None
-        self.is_closed = False
         self.rows_read = self.rows_written = self.rows_prefetched = 0
 
     def announce(self, rows: Ints) -> None:
@@ -105,9 +109,11 @@ class Traffic:
 
     def close(self) -> None:
         """Finish what was begun and end the thread."""
-        self._staged, self.is_closed = None, True
+        self._staged = None
         if self._thread is not None:
             self._thread.shutdown()
+        if self._movers is not None:
+            self._movers.shutdown()
         self.wait()
 
     def _submit(self, work: Callable[..., Any], *arguments: Any) -> "Future[Any]":
@@ -120,14 +126,23 @@ class Traffic:
     def _staging(self, count: int) -> Tensor:
         return torch.empty(count, self._words.shape[1], dtype=torch.int32, pin_memory=self._device.type != "cpu")
 
+    def _move(self, copy: Callable[[Words, Ints, Words], None], rows: Ints, records: Words) -> None:
+        parts = len(rows) // ROWS_PER_MOVER
+        if self._movers is None or parts < 2:
+            copy(self._words, rows, records)
+            return
+        parts = min(parts, MOVERS)
+        for _ in self._movers.map(copy, [self._words] * parts, np.array_split(rows, parts), np.array_split(records, parts)):
+            pass
+
     def _read(self, rows: Ints) -> Tensor:
         out = self._staging(len(rows))
-        gather(self._words, rows, out.numpy())
+        self._move(gather, rows, out.numpy())
         self.rows_read += len(rows)
         return out
 
     def _write(self, rows: Ints, records_KW: Tensor, ready: "torch.Event | None") -> None:
         if ready is not None:
             ready.synchronize()
-        scatter(self._words, rows, records_KW.numpy())
+        self._move(scatter, rows, records_KW.numpy())
         self.rows_written += len(rows)
