@@ -12,6 +12,7 @@ from ninerank.embedding.optimizer import SparseOptimizer, SparseOptimizerConfig,
 from ninerank.errors import CheckpointError, DataError, SpecError
 from ninerank.features.batch import Batch, Block, KeyedJagged
 from ninerank.features.spec import MISSING_ID, Dynamic, FeatureSpec, IdFeature
+from ninerank.towers.sides import joined
 
 MakeBatch = Callable[..., Batch]
 GROUPS = {"deep": 4, "linear": 1}
@@ -169,3 +170,18 @@ def test_settings_of_single_tables_and_of_all(spec: FeatureSpec) -> None:
     assert config.dynamic_table("tags").init_std == 0.5
     assert config.dynamic_table("item").admission.kind == "always"
     assert config.dynamic_table("item").init_std == 0.1
+
+
+@pytest.mark.parametrize("requests", [None, 1, 3])
+@pytest.mark.parametrize("is_dynamic", [False, True])
+def test_sides_joined_again_are_the_inputs(spec: FeatureSpec, make_batch: MakeBatch, requests: int | None, is_dynamic: bool) -> None:
+    collection = pair(spec)[is_dynamic]
+    batch = make_batch(spec, 7, requests=requests, seed=3)
+    batch = raw(spec, batch) if is_dynamic else batch
+    want, sides = collection(batch), collection.sides(batch)
+    assert sides["deep.request"].shape[0] == (requests or 7)
+    got = joined(sides, ["deep", "linear"], spec.sequence_keys("request"))
+    assert want.keys() == got.keys()
+    for key, value in want.items():
+        shorter = min(value.shape[1], got[key].shape[1])
+        assert torch.equal(got[key][:, :shorter], value[:, :shorter])

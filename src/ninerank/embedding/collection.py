@@ -14,7 +14,7 @@ from typing_extensions import Self
 from ninerank.config import Config
 from ninerank.embedding.dynamic.config import DynamicTableConfig
 from ninerank.embedding.dynamic.table import DynamicTable
-from ninerank.embedding.index import BatchIndex
+from ninerank.embedding.index import BatchIndex, Rows
 from ninerank.embedding.managed import ManagedTable
 from ninerank.embedding.part import SIDES, ManagedRows, Part, pooled_keys, prepared
 from ninerank.embedding.quantize import QuantizedGroup, QuantizedTable
@@ -89,6 +89,7 @@ class EmbeddingCollection(nn.Module):
             }
         )
         self.keys = pooled_keys(spec)
+        self._request_keys = {*spec.single_keys("request"), *spec.bag_keys("request")}
         self.managed: dict[str, ManagedTable] = {}
         self.parts = nn.ModuleDict()
         self._expected = {side: (spec.single_keys(side), spec.bag_keys(side), spec.sequence_keys(side)) for side in SIDES}
@@ -162,25 +163,60 @@ class EmbeddingCollection(nn.Module):
         the host; call `check` before moving a batch elsewhere. A batch that was not prepared for training reads managed tables as they
         are. Raises DataError.
         """
-        batch = self.prepare(batch)
-        if batch.item.dense_RF.device.type == "cpu":
-            self.check(batch)
+        batch = self._checked(batch)
         dense_request, dense_item = batch.request.dense_RF, batch.item.dense_RF
         if batch.user_row_B is not None:
             dense_request = dense_request.index_select(0, batch.user_row_B)
         inputs = {"dense": torch.cat([dense_request, dense_item], dim=1)}
-        parts = {name: self._part(name) for name in self.managed}
-        indices = {name: self._index(part, batch) for name, part in parts.items()}
-        static = self._index(self.static, batch) if self.layout.names else None
-        for name in self.dims:
-            looked_up = [(self.static.keys, *static.assemble(self._group(name)))] if static else []
-            looked_up += [(parts[own].keys, *indices[own].assemble(ManagedRows(table, name))) for own, table in self.managed.items()]
-            inputs[name] = self._in_order([(keys, fields) for keys, fields, _ in looked_up], batch.num_rows, self.dims[name])
-            for _, _, sequences in looked_up:
+        indices = self._indices(batch, apart=False)
+        for name, dim in self.dims.items():
+            fields = []
+            for own, part, index in indices:
+                values, sequences = index.assemble(self._rows(own, name))
+                fields.append((part.keys, values))
                 inputs.update({f"{name}.seq.{key}": rows_BLD for key, rows_BLD in sequences.items()})
-        for index in [*([static] if static else []), *indices.values()]:
-            inputs.update({f"mask.{key}": mask for key, mask in index.masks().items()})
-        return inputs
+            inputs[name] = _in_order(fields, self.keys, batch.num_rows, dim)
+        return inputs | {f"mask.{key}": mask for _, _, index in indices for key, mask in index.masks().items()}
+
+    def sides(self, batch: Batch) -> dict[str, Tensor]:
+        """The same inputs with the sides apart, for graphs that compute the request side once; `towers.sides` joins them again.
+
+        "dense.request" (U, Fu), "dense.item" (B, Fi); per group "<group>.request" (U, Fu, D), "<group>.item" (B, Fi, D) and
+        "<group>.seq.<name>"; "mask.<name>", with the rows of their own side; "user_row" int64 (B,).
+        """
+        batch = self._checked(batch)
+        row_B = batch.user_row_B
+        user_row_B = torch.arange(batch.num_rows, device=batch.item.dense_RF.device) if row_B is None else row_B
+        inputs = {"dense.request": batch.request.dense_RF, "dense.item": batch.item.dense_RF, "user_row": user_row_B}
+        indices = self._indices(batch, apart=True)
+        for name, dim in self.dims.items():
+            request, item = [], []
+            for own, part, index in indices:
+                of_request, of_item, sequences = index.assemble_apart(self._rows(own, name))
+                request.append((tuple(key for key in part.keys if key in self._request_keys), of_request))
+                item.append((tuple(key for key in part.keys if key not in self._request_keys), of_item))
+                inputs.update({f"{name}.seq.{key}": rows_RLD for key, rows_RLD in sequences.items()})
+            inputs[f"{name}.request"] = _in_order(request, self.keys, batch.request.num_rows, dim)
+            inputs[f"{name}.item"] = _in_order(item, self.keys, batch.num_rows, dim)
+        return inputs | {f"mask.{key}": mask for _, _, index in indices for key, mask in index.masks().items()}
+
+    def _checked(self, batch: Batch) -> Batch:
+        batch = self.prepare(batch)
+        if batch.item.dense_RF.device.type == "cpu":
+            self.check(batch)
+        return batch
+
+    def _indices(self, batch: Batch, *, apart: bool) -> list[tuple[str | None, Part, BatchIndex]]:
+        """Every part with its index of the batch; None names the part of the static tables."""
+        parts: list[tuple[str | None, Part]] = [(None, self.static)] if self.layout.names else []
+        parts += [(name, self._part(name)) for name in self.managed]
+        longest = self.config.sequence_length == "max"
+        return [
+            (name, part, BatchIndex(part.request, part.item, part.select(batch), pad_to_max=longest, apart=apart)) for name, part in parts
+        ]
+
+    def _rows(self, table: str | None, group: str) -> Rows:
+        return self._group(group) if table is None else ManagedRows(self.managed[table], group)
 
     def check(self, batch: Batch) -> None:
         """Raise DataError for an id outside its table, other features than the spec's, or sides that do not fit together."""
@@ -201,19 +237,6 @@ class EmbeddingCollection(nn.Module):
             own = part.select(batch)
             part.request.check(own.request, ids=part is self.static)
             part.item.check(own.item, ids=part is self.static)
-
-    def _index(self, part: Part, batch: Batch) -> BatchIndex:
-        return BatchIndex(part.request, part.item, part.select(batch), pad_to_max=self.config.sequence_length == "max")
-
-    def _in_order(self, fields: Sequence[tuple[tuple[str, ...], Tensor | None]], num_rows: int, dim: int) -> Tensor:
-        """Fields (B, Fs, D) of all parts in the order of `pooled_keys`."""
-        held = [(keys, value) for keys, value in fields if value is not None]
-        if not held:
-            return torch.zeros(num_rows, 0, dim)
-        if len(held) == 1:
-            return held[0][1]
-        columns = {key: column for keys, value in held for key, column in zip(keys, value.unbind(1), strict=True)}
-        return torch.stack([columns[key] for key in self.keys], dim=1)
 
     def _part(self, name: str) -> Part:
         part = self.parts[name]
@@ -259,3 +282,14 @@ class EmbeddingCollection(nn.Module):
             return torch.zeros((), device=self.named_groups()[0][1].storage.device)
         squares = [group.storage.square().sum() for _, group in self.named_groups()]
         return torch.stack(squares).sum() * (self.config.l2 / 2)
+
+
+def _in_order(fields: Sequence[tuple[tuple[str, ...], Tensor | None]], order: tuple[str, ...], num_rows: int, dim: int) -> Tensor:
+    """Fields (R, Fs, D) of all parts, in the order of `pooled_keys`."""
+    held = [(keys, value) for keys, value in fields if value is not None]
+    if not held:
+        return torch.zeros(num_rows, 0, dim)
+    if len(held) == 1:
+        return held[0][1]
+    columns = {key: column for keys, value in held for key, column in zip(keys, value.unbind(1), strict=True)}
+    return torch.stack([columns[key] for key in order if key in columns], dim=1)

@@ -30,13 +30,15 @@ class BatchIndex:
     """Storage rows of all ids of a batch, worked out once for all groups.
 
     Single ids of both sides are one lookup where both sides have the same rows; bags are one lookup a side, sequences one in all.
+    apart: keep the sides apart, each with the rows of its own block.
     """
 
-    def __init__(self, request: SideRows, item: SideRows, batch: Batch, *, pad_to_max: bool) -> None:
+    def __init__(self, request: SideRows, item: SideRows, batch: Batch, *, pad_to_max: bool, apart: bool = False) -> None:
         self._sides = ((request, batch.request), (item, batch.item))
-        self._user_row_B = batch.user_row_B
+        self._user_row_B = None if apart else batch.user_row_B
         single = [side.single.single(block.single) for side, block in self._sides]
-        self._single = [torch.cat(single)] if self._user_row_B is None else single
+        self._is_joint = batch.user_row_B is None and not apart
+        self._single = [torch.cat(single)] if self._is_joint else single
         self._bags = [side.bags.jagged(block.bags) for side, block in self._sides]
         self._offsets = [block.bags.offsets() for _, block in self._sides]
         sequences = [side.sequences.jagged(block.sequences) for side, block in self._sides]
@@ -46,7 +48,12 @@ class BatchIndex:
 
     def assemble(self, storage: Rows) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Looked up in `storage`: pooled fields (B, Fs, D), None without any; rows of each sequence (B, L, D), zero beyond its end."""
-        return self._fields(storage), self._histories(storage)
+        request, item = self._fields(storage)
+        return _joined([None if request is None else self._expanded(request), item]), self._histories(storage)
+
+    def assemble_apart(self, storage: Rows) -> tuple[Tensor | None, Tensor | None, dict[str, Tensor]]:
+        """Looked up in `storage`: pooled fields of the request side (U, Fs, D) and of the item side (B, Fs, D), and the sequences."""
+        return *self._fields(storage), self._histories(storage)
 
     def masks(self) -> dict[str, Tensor]:
         """Which places (B, L) of each sequence hold an id."""
@@ -56,17 +63,16 @@ class BatchIndex:
         )
         return {key: self._expanded(mask_RL) for key, mask_RL in request.items()} | item
 
-    def _fields(self, storage: Rows) -> Tensor | None:
+    def _fields(self, storage: Rows) -> tuple[Tensor | None, Tensor | None]:
+        """Pooled fields of both sides; those of both in the first where they are one lookup."""
         single = [storage.pool(row_FR.reshape(-1), None, len(row_FR)) if len(row_FR) else None for row_FR in self._single]
         bags = [
             storage.pool(row_N, offsets, len(side.bags.keys), side.mean_bags()) if side.bags.keys else None
             for (side, _), row_N, offsets in zip(self._sides, self._bags, self._offsets, strict=True)
         ]
-        if self._user_row_B is None and single[0] is not None and (bags[0] is not None or bags[1] is not None):
+        if self._is_joint and single[0] is not None and (bags[0] is not None or bags[1] is not None):
             single = list(torch.split_with_sizes(single[0], [len(side.single.keys) for side, _ in self._sides], dim=1))
-        request = _joined([single[0], bags[0]])
-        item = _joined([*single[1:], bags[1]])
-        return _joined([None if request is None else self._expanded(request), item])
+        return _joined([single[0], bags[0]]), _joined([*single[1:], bags[1]])
 
     def _histories(self, storage: Rows) -> dict[str, Tensor]:
         if not any(padding for padding in self._paddings):
