@@ -1,0 +1,179 @@
+"""The optimizer of sharded tables: each process updates the rows it holds, by the fused rules, as one process would.
+
+Gradients arrive where the rows lie, from all processes, and wait for `step`. Two things need an exchange. Tables that every process
+copies: touched rows and their gradients are gathered, in the order of the processes, so that all copies change alike. Row-wise Adagrad
+over columns, and bounds on the norm of a row: the sum of squares of a row is added up over its shards.
+
+Shape legend: K touched rows, R rows of a storage, D columns in it, T tables, W processes.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from ninerank.embedding.optimizer import SparseOptimizerConfig
+from ninerank.embedding.shard import Shard
+from ninerank.embedding.sharding.collection import ShardedEmbeddingCollection
+from ninerank.embedding.sharding.exchange import gather_rows, global_sum
+from ninerank.embedding.sharding.storage import BlockStorage
+from ninerank.errors import CheckpointError, SpecError, nearest
+from ninerank.fusion.kernels.embedding_update import RowOptimizer, RowwiseAdagrad
+from ninerank.fusion.lookup import LookupGrad
+
+__all__ = ["ShardedOptimizer", "row_bytes"]
+
+
+def row_bytes(rule: RowOptimizer, groups: Mapping[str, int]) -> dict[str, int]:
+    """Bytes of one row's values and optimizer state, by group.
+
+    >>> row_bytes(RowwiseAdagrad(), {"deep": 16})
+    {'deep': 68}
+    """
+    found = {}
+    for group, dim in groups.items():
+        weight = torch.empty(1, dim)
+        tensors = [weight, *rule.new_state(weight, torch.ones(1))]
+        found[group] = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return found
+
+
+class ShardedOptimizer:
+    """Same surface as `SparseOptimizer`; every method is a collective call unless it says otherwise."""
+
+    def __init__(self, collection: ShardedEmbeddingCollection, config: SparseOptimizerConfig) -> None:
+        tables = [placed.table for placed in collection.plan.placed]
+        for table, lr in config.table_lr.items():
+            if table not in tables:
+                raise SpecError(f"table_lr: unknown table {table!r}; {nearest(table, tables)}")
+            if not 0.0 < lr < float("inf"):
+                raise SpecError(f"table_lr: {table} = {lr}; a finite number above 0 is needed")
+        self.config = config
+        self.lr_scale = 1.0
+        self._rule = config.rule
+        self._storages = collection.storages
+        self._device = collection.device
+        self._world_size = collection.plan.world_size
+        self._lr_T = [
+            torch.tensor([config.table_lr.get(held.table, config.lr) for held in storage.held], device=self._device)
+            for storage in self._storages
+        ]
+        self._state = [self._new_state(storage, lr_T) for storage, lr_T in zip(self._storages, self._lr_T, strict=True)]
+        self._is_exchanged = False
+
+    def _new_state(self, storage: BlockStorage, lr_T: Tensor) -> dict[str, Tensor]:
+        sizes = torch.tensor([len(held.block.rows) for held in storage.held], device=self._device)
+        return dict(zip(self._rule.state_names, self._rule.new_state(storage.weight, lr_T.repeat_interleave(sizes)), strict=True))
+
+    def zero_grad(self) -> None:
+        """Forget all gradients; no collective call."""
+        for storage in self._storages:
+            storage.zero_grad()
+        self._is_exchanged = False
+
+    def grad_norm(self) -> Tensor:
+        """L2 norm over all touched rows of all processes, duplicates summed first; a scalar, the same everywhere."""
+        self._exchange()
+        own, copied = torch.zeros(2, dtype=torch.float64, device=self._device).unbind()
+        for storage in self._storages:
+            grad = storage.coalesced()
+            if grad is not None:
+                square = torch.linalg.vector_norm(grad.grad_GD).double().square()
+                own, copied = (own, copied + square) if storage.is_copy else (own + square, copied)
+        return (global_sum(own) + copied).sqrt().float()
+
+    def scale_grad_(self, factor: float | Tensor) -> None:
+        """Multiply all gradients; no collective call."""
+        for storage in self._storages:
+            grad = storage.coalesced()
+            if grad is not None:
+                grad.grad_GD.mul_(factor)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update the touched rows; call `zero_grad` before the next backward."""
+        self._exchange()
+        for storage, state, lr_T in zip(self._storages, self._state, self._lr_T, strict=True):
+            grad = storage.coalesced()
+            if grad is None:
+                continue
+            if self._needs_whole_rows and storage.is_column_wise:
+                self._update_columns(storage, state, lr_T * self.lr_scale, grad)
+            else:
+                grad.apply(
+                    *(storage.weight, list(state.values()), storage.first_row_T, lr_T * self.lr_scale, self._rule), kernel=storage.kernel
+                )
+
+    @property
+    def _needs_whole_rows(self) -> bool:
+        return isinstance(self._rule, RowwiseAdagrad) or self._rule.max_row_norm is not None
+
+    def _update_columns(self, storage: BlockStorage, state: Mapping[str, Tensor], lr_T: Tensor, grad: LookupGrad) -> None:
+        """The rule with what it asks of a whole row added up over the row's shards.
+
+        All processes hold equal column blocks of the same tables and see the ids of all, so that their touched rows are the same.
+        """
+        rule, row_K, grad_KD = self._rule, grad.rows_N.long(), grad.grad_GD
+        if rule.max_gradient is not None:
+            grad_KD = grad_KD.clamp(-rule.max_gradient, rule.max_gradient)
+        if rule.max_row_norm is not None:
+            norm_K = global_sum(grad_KD.square().sum(1)).sqrt()
+            grad_KD = torch.where((norm_K > rule.max_row_norm)[:, None], grad_KD * (rule.max_row_norm / norm_K)[:, None], grad_KD)
+        plain = rule.model_copy(update={"max_gradient": None, "max_row_norm": None})
+        if not isinstance(rule, RowwiseAdagrad):
+            bounded = LookupGrad(grad_KD.contiguous(), grad.rows_N)
+            bounded.apply(storage.weight, list(state.values()), storage.first_row_T, lr_T, plain, kernel=storage.kernel)
+            return
+        weight_KD = storage.weight.index_select(0, row_K)
+        grad_KD = grad_KD.add(weight_KD, alpha=rule.weight_decay)
+        mean_K = global_sum(grad_KD.square().sum(1)) / (grad_KD.shape[1] * self._world_size)
+        sum_K = state["sum"].index_select(0, row_K) + mean_K
+        state["sum"].index_copy_(0, row_K, sum_K)
+        lr_K = lr_T[torch.searchsorted(storage.first_row_T, row_K, right=True) - 1]
+        scale_K = lr_K / (sum_K.sqrt() + rule.eps)
+        storage.weight.index_copy_(0, row_K, weight_KD - grad_KD * scale_K[:, None])
+
+    def _exchange(self) -> None:
+        """Give all copies of a table the mean of all processes' gradients, which TorchRec's backward gives the other tables."""
+        if self._is_exchanged:
+            return
+        self._is_exchanged = True
+        for storage in self._storages:
+            if storage.is_copy:
+                gathered = gather_rows(storage.coalesced(), storage.weight.shape[1], self._device)
+                if gathered is not None:
+                    storage.replace(LookupGrad(gathered[1] / self._world_size, gathered[0]))
+
+    def shards(self) -> dict[str, Shard]:
+        """This process's blocks of the state under `<group>.<table>.<state>`; no collective call.
+
+        What has one value a row is named by one process: where columns are shared out or tables copied, by the first.
+        """
+        found: dict[str, Shard] = {}
+        for storage, state in zip(self._storages, self._state, strict=True):
+            for place, held in enumerate(storage.held):
+                for name, tensor in state.items():
+                    is_repeated = held.is_copy or (tensor.dim() == 1 and held.block.columns.start > 0)
+                    if not held.block.is_empty and not (is_repeated and dist.get_rank() > 0):
+                        found[f"{held.key}.{name}"] = storage.shard(place, tensor, columns=tensor.dim() == 2)
+        return found
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take whole state tensors under the names of `shards`, each process its blocks; no collective call.
+
+        Raises CheckpointError for a name that is missing, left over, or of another shape.
+        """
+        wanted = {f"{held.key}.{name}" for storage in self._storages for held in storage.held for name in self._rule.state_names}
+        for key in sorted(wanted - state.keys()):
+            raise CheckpointError(f"sparse optimizer state: {key!r} is missing; this optimizer is {self.config.kind}")
+        for storage, own in zip(self._storages, self._state, strict=True):
+            for place, held in enumerate(storage.held):
+                for name, tensor in own.items():
+                    whole = state[f"{held.key}.{name}"]
+                    shape = (held.num_rows, held.dim) if tensor.dim() == 2 else (held.num_rows,)
+                    if tuple(whole.shape) != shape:
+                        raise CheckpointError(
+                            f"sparse optimizer state: '{held.key}.{name}' has shape {tuple(whole.shape)}, {shape} is needed"
+                        )
+                    storage.fill(place, tensor, whole)

@@ -1,0 +1,73 @@
+"""What of a spec matters to sharding: tables with their features, which are pooled and which are not, checks of what a recipe asks."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ninerank.embedding.sharding.config import ShardingConfig, ShardingKind
+from ninerank.errors import SpecError, nearest
+from ninerank.features.spec import FeatureSpec, IdFeature, SequenceFeature
+
+__all__ = ["ShardTable", "check_sharding", "shard_tables"]
+
+POOLING_UNKNOWN = 10.0
+
+
+@dataclass(frozen=True)
+class ShardTable:
+    """A table and the features that look into it, with the ids that each is expected to have a row.
+
+    is_pooled: no sequence looks into it, so that it is looked up as bags. Where one does, all its features are looked up id by id.
+    """
+
+    name: str
+    num_rows: int
+    features: tuple[str, ...]
+    ids_a_row: tuple[float, ...]
+    is_pooled: bool
+
+
+def shard_tables(spec: FeatureSpec, config: ShardingConfig) -> tuple[ShardTable, ...]:
+    """Tables of a fitted spec, in its order."""
+    return tuple(
+        ShardTable(
+            name,
+            table.num_rows,
+            table.features,
+            tuple(config.pooling.get(feature, _ids_a_row(spec, feature)) for feature in table.features),
+            is_pooled=not any(isinstance(spec.feature(feature), SequenceFeature) for feature in table.features),
+        )
+        for name, table in spec.tables.items()
+    )
+
+
+def check_sharding(spec: FeatureSpec, groups: Mapping[str, int], config: ShardingConfig, world_size: int) -> None:
+    """Raise SpecError for a table or feature that is not in the spec, and for columns that do not divide among the processes."""
+    for name in config.tables:
+        if name not in spec.tables:
+            raise SpecError(f"sharding.tables: unknown table {name!r}; {nearest(name, spec.tables)}")
+    looked_up = [feature for table in spec.tables.values() for feature in table.features]
+    for name in config.pooling:
+        if name not in looked_up:
+            raise SpecError(f"sharding.pooling: {name!r} is no feature with a table; {nearest(name, looked_up)}")
+    for name in spec.tables:
+        for group, dim in groups.items():
+            kind = config.kind_of(name)
+            if kind == "column_wise" and dim > 1 and dim % world_size:
+                raise SpecError(
+                    f"sharding: table {name!r} column-wise: {dim} columns (group {group!r}) do not divide among {world_size} processes"
+                )
+
+
+def kind_at(config: ShardingConfig, table: str, dim: int) -> ShardingKind:
+    """Kind of a table at one group's dim: a single column is not split."""
+    kind = config.kind_of(table)
+    return "table_wise" if kind == "column_wise" and dim == 1 else kind
+
+
+def _ids_a_row(spec: FeatureSpec, name: str) -> float:
+    feature = spec.feature(name)
+    if isinstance(feature, SequenceFeature):
+        return float(feature.max_length)
+    if isinstance(feature, IdFeature) and feature.multi:
+        return float(feature.max_length or POOLING_UNKNOWN)
+    return 1.0

@@ -1,0 +1,305 @@
+"""TorchRec with our compute kernel: collections, sharders and lookups that hold a `BlockStorage` in place of FBGEMM's tables.
+
+What stays TorchRec's: the planner, `DistributedModelParallel`, the way of ids and embeddings between processes (all-to-all,
+reduce-scatter, their backward passes, quantised codecs). What is ours: storage, lookup, gradients, update. State is saved
+through `Shard`s, so TorchRec's own state of tables is left out.
+
+Tables bear numbers here (`g0_t3`, features `f7`): TorchRec gives a meaning to `.` and `@` in names.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torchrec.distributed import sharding_plan
+from torchrec.distributed.comm_ops import set_gradient_division
+from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
+from torchrec.distributed.embedding_lookup import GroupedEmbeddingsLookup, GroupedPooledEmbeddingsLookup
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel, GroupedEmbeddingConfig
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
+from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingEnv, ShardingPlan, ShardingType
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from ninerank.embedding.sharding.plan import Block, Placed, Plan
+from ninerank.embedding.sharding.storage import BlockStorage, Held
+
+__all__ = ["Collections", "MakeStorage", "distribute", "jagged", "sharders", "table_name"]
+
+KINDS = [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value, ShardingType.COLUMN_WISE.value, ShardingType.DATA_PARALLEL.value]
+
+MakeStorage = Callable[[tuple[Held, ...]], BlockStorage]
+
+
+def table_name(group: int, table: int) -> str:
+    """Name of a table at one group's dim."""
+    return f"g{group}_t{table}"
+
+
+def jagged(keys: list[str], values: Tensor, lengths: Tensor) -> KeyedJaggedTensor:
+    """Ids of several features, feature by feature."""
+    return KeyedJaggedTensor(keys=keys, values=values, lengths=lengths)
+
+
+@dataclass(frozen=True)
+class Features:
+    """A table at one group's dim and the features that look into it."""
+
+    name: str
+    num_rows: int
+    dim: int
+    features: tuple[str, ...]
+
+
+class Collections(nn.Module):
+    """All tables as TorchRec's modules: `bags` for those that are only pooled (None without any), `each` of every group for the others.
+
+    Parameters lie on the meta device until `distribute`.
+    """
+
+    def __init__(self, pooled: Sequence[Features], unpooled: Mapping[str, Sequence[Features]]) -> None:
+        super().__init__()
+        meta = torch.device("meta")
+        bags = [
+            EmbeddingBagConfig(
+                name=each.name,
+                embedding_dim=each.dim,
+                num_embeddings=each.num_rows,
+                feature_names=list(each.features),
+                pooling=PoolingType.SUM,
+            )
+            for each in pooled
+        ]
+        self.bags = EmbeddingBagCollection(tables=bags, device=meta) if bags else None
+        self.each = nn.ModuleDict()
+        for name, tables in unpooled.items():
+            configs = [
+                EmbeddingConfig(name=t.name, embedding_dim=t.dim, num_embeddings=t.num_rows, feature_names=list(t.features)) for t in tables
+            ]
+            self.each[name] = EmbeddingCollection(tables=configs, device=meta)
+
+    def paths(self) -> dict[str, EmbeddingBagCollection | EmbeddingCollection]:
+        """The modules to shard, by their path."""
+        own: dict[str, Any] = {} if self.bags is None else {"bags": self.bags}
+        return {**own, **{f"each.{name}": module for name, module in self.each.items()}}
+
+
+class _Kernel(nn.Module):
+    """Lookup of one group of tables that TorchRec formed, for pooled features."""
+
+    def __init__(self, config: GroupedEmbeddingConfig, make: MakeStorage, held: Mapping[str, Held]) -> None:
+        super().__init__()
+        self.runs: list[tuple[BlockStorage, list[int]]] = []
+        tables = config.embedding_tables
+        start = 0
+        while start < len(tables):
+            stop = start
+            while stop < len(tables) and tables[stop].local_cols == tables[start].local_cols:
+                stop += 1
+            own = tables[start:stop]
+            storage = make(tuple(_checked(table, held[table.name]) for table in own))
+            self.runs.append((storage, [place for place, table in enumerate(own) for _ in table.feature_names]))
+            start = stop
+
+    def _parts(self, features: KeyedJaggedTensor) -> list[KeyedJaggedTensor]:
+        if len(self.runs) == 1:
+            return [features]
+        return cast("list[KeyedJaggedTensor]", features.split([len(table_F) for _, table_F in self.runs]))
+
+
+class _PooledKernel(_Kernel):
+    def forward(self, features: KeyedJaggedTensor) -> Tensor:
+        parts = zip(self.runs, self._parts(features), strict=True)
+        found = [storage.look_up_bags(part.values(), part.lengths(), table_F) for (storage, table_F), part in parts]
+        return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+
+
+class _EachKernel(_Kernel):
+    def forward(self, features: KeyedJaggedTensor) -> Tensor:
+        parts = zip(self.runs, self._parts(features), strict=True)
+        found = [storage.look_up_each(part.values(), part.lengths(), table_F) for (storage, table_F), part in parts]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _checked(table: Any, held: Held) -> Held:
+    """The block that our plan says, which must be the one TorchRec looks for here."""
+    block = held.block
+    assert (table.local_rows, table.local_cols) == (len(block.rows), len(block.columns)), f"{held.key}: TorchRec holds another block"
+    return held
+
+
+class _PooledLookup(GroupedPooledEmbeddingsLookup):
+    def __init__(self, configs: list[GroupedEmbeddingConfig], make: MakeStorage, held: Mapping[str, Held], **arguments: Any) -> None:
+        self._make, self._held = make, held
+        super().__init__(configs, **arguments)
+
+    def _create_embedding_kernel(self, config: GroupedEmbeddingConfig, *_: Any) -> nn.Module:
+        return _PooledKernel(config, self._make, self._held)
+
+
+class _EachLookup(GroupedEmbeddingsLookup):
+    def __init__(self, configs: list[GroupedEmbeddingConfig], make: MakeStorage, held: Mapping[str, Held], **arguments: Any) -> None:
+        self._make, self._held = make, held
+        super().__init__(configs, **arguments)
+
+    def _create_embedding_kernel(self, config: GroupedEmbeddingConfig, *_: Any) -> nn.Module:
+        return _EachKernel(config, self._make, self._held)
+
+
+class _Bags(ShardedEmbeddingBagCollection):
+    """TorchRec's sharded bags over our lookups."""
+
+    def __init__(self, make: MakeStorage, held: Mapping[str, Held], **arguments: Any) -> None:
+        self._ours = (make, held)
+        super().__init__(**arguments)
+
+    def _create_lookups(self) -> None:
+        for sharding in self._embedding_shardings:
+            place = {"device": self._device, "pg": self._env.process_group}
+            self._lookups.append(_PooledLookup(sharding._grouped_embedding_configs, *self._ours, **place))
+
+    def init_data_parallel(self) -> None:
+        """Copies are kept equal by the optimizer, which exchanges touched rows; a dense all-reduce would move whole tables."""
+
+    def _initialize_torch_state(self, skip_registering: bool = False) -> None:
+        """Start values and saved state are the storages' own."""
+
+
+class _Each(ShardedEmbeddingCollection):
+    """TorchRec's sharded unpooled embeddings over our lookups."""
+
+    def __init__(self, make: MakeStorage, held: Mapping[str, Held], **arguments: Any) -> None:
+        self._ours = (make, held)
+        super().__init__(**arguments)
+
+    def _create_lookups(self) -> None:
+        for sharding in self._sharding_type_to_sharding.values():
+            place = {"device": self._device, "pg": self._env.process_group}
+            self._lookups.append(_EachLookup(sharding._grouped_embedding_configs, *self._ours, **place))
+
+    def init_data_parallel(self) -> None:
+        """See `_Bags`."""
+
+    def _initialize_torch_state(self, skip_registering: bool = False) -> None:
+        """See `_Bags`."""
+
+
+class BagSharder(EmbeddingBagCollectionSharder):
+    """Shards bags over our lookups, row-wise on every kind of device."""
+
+    def __init__(self, make: MakeStorage | None, held: Mapping[str, Held], codecs: Any) -> None:
+        super().__init__(qcomm_codecs_registry=codecs)
+        self._make, self._held = make, held
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        return KINDS
+
+    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+        return _compute_kernels(sharding_type)
+
+    def shard(
+        self, module: Any, params: Any, env: ShardingEnv, device: torch.device | None = None, module_fqn: str | None = None
+    ) -> _Bags:
+        assert self._make is not None, "this sharder only plans"
+        arguments = {"table_name_to_parameter_sharding": params, "env": env, "device": device, "module_fqn": module_fqn}
+        return _Bags(self._make, self._held, module=module, qcomm_codecs_registry=self.qcomm_codecs_registry, **arguments)
+
+
+class EachSharder(EmbeddingCollectionSharder):
+    """Shards unpooled embeddings over our lookups."""
+
+    def __init__(self, make: MakeStorage | None, held: Mapping[str, Held], codecs: Any) -> None:
+        super().__init__(qcomm_codecs_registry=codecs)
+        self._make, self._held = make, held
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        return KINDS
+
+    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+        return _compute_kernels(sharding_type)
+
+    def shard(
+        self, module: Any, params: Any, env: ShardingEnv, device: torch.device | None = None, module_fqn: str | None = None
+    ) -> _Each:
+        assert self._make is not None, "this sharder only plans"
+        arguments = {"table_name_to_parameter_sharding": params, "env": env, "device": device, "module_fqn": module_fqn}
+        return _Each(self._make, self._held, module=module, qcomm_codecs_registry=self.qcomm_codecs_registry, **arguments)
+
+
+def _compute_kernels(sharding_type: str) -> list[str]:
+    """Names under which TorchRec groups tables; both stand for our kernel."""
+    is_copy = sharding_type == ShardingType.DATA_PARALLEL.value
+    return [(EmbeddingComputeKernel.DENSE if is_copy else EmbeddingComputeKernel.FUSED).value]
+
+
+def sharders(make: MakeStorage | None = None, held: Mapping[str, Held] | None = None, codecs: Any = None) -> list[Any]:
+    """Sharders of `Collections`; without `make` they serve planning alone."""
+    return [BagSharder(make, held or {}, codecs), EachSharder(make, held or {}, codecs)]
+
+
+def distribute(
+    collections: Collections,
+    plan: Plan,
+    placed: Mapping[str, Placed],
+    make: MakeStorage,
+    *,
+    device: torch.device,
+    quantised: str,
+    local_world_size: int,
+) -> DistributedModelParallel:
+    """Put the collections on the processes of the default group as `plan` says; `placed` maps TorchRec's table names to its places."""
+    set_gradient_division(True)
+    rank = dist.get_rank()
+    held = {name: _held(each, each.block(rank, plan.world_size)) for name, each in placed.items()}
+    built = sharders(make, held, _codecs(quantised, device))
+    modules = {
+        path: _module_plan(module, plan, placed, built[0 if path == "bags" else 1], device.type, local_world_size)
+        for path, module in collections.paths().items()
+    }
+    return DistributedModelParallel(
+        collections,
+        env=ShardingEnv.from_process_group(dist.group.WORLD),
+        device=device,
+        plan=ShardingPlan(plan=modules),
+        sharders=built,
+        init_data_parallel=False,
+        init_parameters=False,
+    )
+
+
+def _held(placed: Placed, block: Block) -> Held:
+    return Held(placed.table, placed.group, placed.num_rows, placed.dim, block, is_copy=placed.kind == "data_parallel")
+
+
+def _module_plan(
+    module: Any, plan: Plan, placed: Mapping[str, Placed], sharder: Any, device_type: str, local_world_size: int
+) -> EmbeddingModuleShardingPlan:
+    generators = {name: _generator(placed[name], plan.world_size) for name in sharder.shardable_parameters(module)}
+    return sharding_plan.construct_module_sharding_plan(
+        module, generators, sharder=sharder, local_size=local_world_size, world_size=plan.world_size, device_type=device_type
+    )
+
+
+def _generator(placed: Placed, world_size: int) -> Any:
+    kernel = _compute_kernels(placed.kind)[0]
+    if placed.kind == "table_wise":
+        assert placed.rank is not None
+        return sharding_plan.table_wise(rank=placed.rank, compute_kernel=kernel)
+    if placed.kind == "row_wise":
+        return sharding_plan.row_wise(compute_kernel=kernel)
+    if placed.kind == "column_wise":
+        return sharding_plan.column_wise(size_per_rank=[placed.dim // world_size] * world_size, compute_kernel=kernel)
+    return sharding_plan.data_parallel()
+
+
+def _codecs(quantised: str, device: torch.device) -> Any:
+    if quantised == "none":
+        return None
+    precision = CommType(quantised)
+    return get_qcomm_codecs_registry(QCommsConfig(forward_precision=precision, backward_precision=precision), device=device)
