@@ -86,13 +86,39 @@ def test_without_shuffle_and_in_evaluation_rows_come_in_file_order(open_split, l
         np.testing.assert_array_equal(torch.cat([batch.weight_B for batch in split.epoch(5)]).numpy(), weight)
 
 
-@pytest.mark.parametrize("cache_bytes", [0, 1 << 20])
-def test_ranks_share_an_epoch(open_split, cache_bytes):
-    override = f"data.cache_bytes={cache_bytes}"
-    whole = torch.cat([batch.weight_B for batch in open_split(override).epoch(2)])
-    parts = [open_split(override, rank=rank, world_size=3) for rank in range(3)]
-    assert [part.num_rows for part in parts] == [233, 233, 234]
-    assert torch.equal(torch.cat([batch.weight_B for part in parts for batch in part.epoch(2)]), whole)
+def real_weights(batch: Batch) -> torch.Tensor:
+    return batch.weight_B[: batch.num_real_rows]
+
+
+def test_processes_share_every_batch_of_rows_in_memory(open_split):
+    whole = list(open_split("data.batch_size=98").epoch(2))
+    parts = [list(open_split("data.batch_size=98", rank=rank, world_size=3).epoch(2)) for rank in range(3)]
+    for batch, *own in zip(whole, *parts, strict=True):
+        assert torch.equal(torch.cat([real_weights(part) for part in own]), batch.weight_B)
+        assert len({part.num_rows for part in own}) == 1
+    last = [part[-1] for part in parts]
+    assert [part.num_rows for part in last] == [5, 5, 5]  # the last 14 rows
+    assert [part.padding for part in last] == [0, 0, 1]
+    assert_same_epochs(iter(parts[1][4:]), open_split("data.batch_size=98", rank=1, world_size=3).epoch(2, 4))
+
+
+def test_a_batch_of_fewer_rows_than_processes_repeats_its_last_row(open_split):
+    parts = [list(open_split("data.batch_size=699", rank=rank, world_size=3).epoch(0))[-1] for rank in range(3)]
+    assert [(part.num_rows, part.padding) for part in parts] == [(1, 0), (1, 1), (1, 1)]
+    assert len({float(part.weight_B[0]) for part in parts}) == 1
+
+
+@pytest.mark.parametrize(("size", "counts"), [(96, [32] * 7 + [10]), (3, [1] * 234), (233 * 3, [233, 1])])
+def test_processes_read_their_own_rows_of_a_stream_in_batches_of_one_size(open_split, size, counts):
+    overrides = ("data.cache_bytes=0", f"data.batch_size={size}")
+    whole = torch.cat([batch.weight_B for batch in open_split(*overrides).epoch(2)])
+    splits = [open_split(*overrides, rank=rank, world_size=3) for rank in range(3)]
+    parts = [list(split.epoch(2)) for split in splits]
+    assert [[batch.num_rows for batch in part] for part in parts] == [counts] * 3
+    assert [split.num_batches for split in splits] == [len(counts)] * 3
+    assert [sum(batch.num_real_rows for batch in part) for part in parts] == [233, 233, 234]
+    assert torch.equal(torch.cat([real_weights(batch) for part in parts for batch in part]), whole)
+    assert_same_epochs(iter(parts[0][-1:]), splits[0].epoch(2, len(counts) - 1))
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,8 @@ class Batch:
     depends on the request alone is computed once.
     label_BT: float32 in {0, 1}. weight_B: float32. group_B: int64, the group key of GAUC.
     is_prepared: the ids of managed tables are rows of their storages already (`EmbeddingCollection.prepare`).
+    padding: rows at the end that repeat others, so that several processes have batches of one size; they count neither in a loss nor in
+    a metric.
     """
 
     request: Block
@@ -136,10 +138,16 @@ class Batch:
     weight_B: Tensor | None = None
     group_B: Tensor | None = None
     is_prepared: bool = False
+    padding: int = 0
 
     @property
     def num_rows(self) -> int:
         return self.item.num_rows
+
+    @property
+    def num_real_rows(self) -> int:
+        """Rows without padding."""
+        return self.num_rows - self.padding
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
         def move(tensor: Tensor | None) -> Tensor | None:
@@ -153,4 +161,5 @@ class Batch:
             move(self.weight_B),
             move(self.group_B),
             self.is_prepared,
+            self.padding,
         )

@@ -5,6 +5,7 @@ a whole, a larger one is shuffled by the reader. Which of the two it is does not
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -53,8 +54,11 @@ def _head(reader: Reader, num_rows: int | None, on_rows: Callable[[int], None]) 
 
 
 class Split:
-    """Batches of one split; process `rank` of `world_size` sees its part of each epoch's sequence of rows.
+    """Batches of one split; `data.batch_size` rows of all processes make one, process `rank` of `world_size` sees its share of them.
 
+    Rows in memory: a process takes its part of every batch of the one order that all know, so that the batches are those of one process.
+    A split that is streamed: a process reads its own part of the rows, in batches of its share of `batch_size`. Either way all processes
+    have the same number of batches, of the same sizes: where rows are missing the last one is repeated, as `Batch.padding`.
     training: rows are shuffled, and a last batch that is not full is left out, if the recipe says so. on_rows: told of rows as they are
     read into memory. Raises DataError for rows that are wrong, or too few.
     """
@@ -76,25 +80,27 @@ class Split:
         self.shuffle = training and data.shuffle
         self.drop_last = training and data.drop_last
         self.seed = seed
+        self._rank, self._world_size = rank, world_size
         self._transform = Transform(spec)
         self._check = embedding.check
-        shared = partial(Reader, paths, format=data.format, spec=spec, batch_size=data.batch_size)
-        self._rows = self._load(shared(), data.cache_bytes, on_rows)
-        self._reader = shared(seed=seed if self.shuffle else None, rank=rank, world_size=world_size)
-        total = self._reader.num_rows if self._rows is None else self._rows.num_rows
-        self._first, self._last = total * rank // world_size, total * (rank + 1) // world_size
-        if self.num_batches == 0:
-            least = world_size * (self.batch_size if self.drop_last else 1)
-            raise DataError(f"{', '.join(map(str, paths))}: {total} rows make no batch; at least {least} are needed")
-
-    @property
-    def num_rows(self) -> int:
-        """Rows that this process sees in an epoch."""
-        return self._last - self._first
+        shared = partial(Reader, paths, format=data.format, spec=spec)
+        self._rows = self._load(shared(batch_size=data.batch_size), data.cache_bytes, on_rows)
+        self._own_size = -(-data.batch_size // world_size)
+        self._reader = shared(batch_size=self._own_size, seed=seed if self.shuffle else None, rank=rank, world_size=world_size)
+        self.num_rows = self._reader.num_rows if self._rows is None else self._rows.num_rows
+        # A streamed part that has a row more than others counts for all: their batches are filled up.
+        self._longest = -(-self.num_rows // world_size) if self._rows is None else self.num_rows
+        if self.num_batches == 0 or (self._rows is None and self.num_rows < world_size):
+            least = max(world_size if self._rows is None else 1, self.batch_size if self.drop_last else 1)
+            raise DataError(f"{', '.join(map(str, paths))}: {self.num_rows} rows make no batch; at least {least} are needed")
 
     @property
     def num_batches(self) -> int:
-        """Batches of an epoch."""
+        """Batches of an epoch, of every process."""
+        if self._rows is None:
+            if self.drop_last:
+                return self.num_rows // self._world_size // self._own_size
+            return -(-self._longest // self._own_size)
         full, rest = divmod(self.num_rows, self.batch_size)
         return full + (rest > 0 and not self.drop_last)
 
@@ -105,7 +111,7 @@ class Split:
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """Batches `start_batch`, `start_batch + 1`, ... of an epoch, on the CPU."""
         if self._rows is None:
-            batches = self._transformed(self._reader.epoch(epoch, start_batch))
+            batches = self._streamed(epoch, start_batch)
         else:
             batches = self._from_memory(self._rows, epoch, start_batch)
         return islice(batches, max(0, self.num_batches - start_batch))
@@ -124,7 +130,33 @@ class Split:
             self._check(batch)
             yield batch
 
+    def _streamed(self, epoch: int, start_batch: int) -> Iterator[Batch]:
+        """This process's own rows; where others have more, its last row stands in."""
+        last: pa.RecordBatch | None = None
+        rows = self._reader.epoch(epoch, start_batch)
+        for number in range(start_batch, self.num_batches):
+            wanted = min(self._own_size, self._longest - number * self._own_size)
+            part = next(rows, None)
+            if self._world_size == 1:
+                if part is None:
+                    return
+                padding = 0
+            elif part is None:
+                # The one row more of another process made a batch of its own.
+                last = last or next(self._reader.epoch(epoch, max(0, number - 1)))
+                part, padding = last.take(pa.array([last.num_rows - 1] * wanted)), wanted
+            else:
+                padding = max(0, wanted - part.num_rows)
+                last = part
+                if padding:
+                    part = part.take(pa.array([*range(part.num_rows), *[part.num_rows - 1] * padding]))
+            yield replace(next(self._transformed(iter([part]))), padding=padding)
+
     def _from_memory(self, rows: PackedRows, epoch: int, start_batch: int) -> Iterator[Batch]:
         order = permutation(rows.num_rows, self.seed, epoch) if self.shuffle else torch.arange(rows.num_rows)
-        for first in range(self._first + start_batch * self.batch_size, self._last, self.batch_size):
-            yield rows.take(order[first : min(first + self.batch_size, self._last)])
+        for first in range(start_batch * self.batch_size, self.num_rows, self.batch_size):
+            batch = order[first : first + self.batch_size]
+            size = -(-batch.numel() // self._world_size)
+            own = torch.arange(self._rank * size, (self._rank + 1) * size)
+            padding = int((own >= batch.numel()).sum())
+            yield replace(rows.take(batch[own.clamp(max=batch.numel() - 1)]), padding=padding)
