@@ -1,12 +1,12 @@
 """What one process of the sharding tests does: train a small model by several sharding kinds and optimizers, and say what came out.
 
-usage: sharding_job.py RANK WORLD_SIZE PORT OUT.json JOB
+usage: sharding_job.py RANK WORLD_SIZE PORT OUT.json JOB [ARGUMENT ...]
 """
 
-import datetime
 import json
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ninerank.embedding.collection import EmbeddingCollection, EmbeddingConfig
 from ninerank.embedding.optimizer import SparseOptimizer, SparseOptimizerConfig, clip_grad_norm_
 from ninerank.embedding.sharding import Machine, ShardedEmbeddingCollection, ShardedOptimizer, ShardingConfig, row_bytes
+from ninerank.errors import NinerankError
 from ninerank.features.batch import Batch, Block, KeyedJagged
 from ninerank.features.spec import FeatureSpec, Hashed, IdFeature, SequenceFeature
 from ninerank.fusion.kernels import registry
@@ -153,23 +154,25 @@ def one_process(rule: str, clip: float | None) -> tuple[EmbeddingCollection, Spa
     return collection, optimizer, found
 
 
-def sharded(rule: str, sharding: dict[str, Any]) -> tuple[ShardedEmbeddingCollection, ShardedOptimizer]:
+def sharded(rule: str, sharding: dict[str, Any], groups: dict[str, int] = GROUPS) -> tuple[ShardedEmbeddingCollection, ShardedOptimizer]:
     world_size, config = dist.get_world_size(), config_of(rule)
     collection = ShardedEmbeddingCollection(
         spec(),
-        GROUPS,
+        groups,
         EmbeddingConfig(init_std=0.3),
         seed=3,
         sharding=ShardingConfig.parse(sharding, "sharding"),
-        machine=Machine("cpu", world_size, world_size, 1 << 28),
+        machine=Machine("cpu", world_size, world_size, sharding.get("memory_bytes", 1 << 28)),
         device=torch.device("cpu"),
         batch_size=ROWS // world_size,
-        row_bytes=row_bytes(config.rule, GROUPS),
+        row_bytes=row_bytes(config.rule, groups),
     )
     return collection, ShardedOptimizer(collection, config)
 
 
-def many_processes(rule: str, sharding: dict[str, Any], clip: float | None) -> tuple[ShardedEmbeddingCollection, ShardedOptimizer, dict[str, Any]]:
+def many_processes(
+    rule: str, sharding: dict[str, Any], clip: float | None
+) -> tuple[ShardedEmbeddingCollection, ShardedOptimizer, dict[str, Any]]:
     collection, optimizer = sharded(rule, sharding)
     tower = DistributedDataParallel(Tower(len(collection.keys)))
     parts = [part(batch, dist.get_rank(), dist.get_world_size()) for batch in batches(spec())]
@@ -195,13 +198,15 @@ def largest(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     return float("nan") if any(value != value for value in found) else max(found)
 
 
-def compare() -> dict[str, Any]:
+def compare(*rules: str) -> dict[str, Any]:
     """Every sharding kind with every optimizer against one process."""
     found: dict[str, Any] = {}
-    for rule in RULES:
+    for rule in rules or RULES:
         clip = 0.05 if rule in {"sgd", "adam"} else None
         alone, alone_optimizer, expected = one_process(rule, clip)
         for kind, sharding in KINDS.items():
+            if kind == "mixed" and rule != "rowwise_adagrad":
+                continue
             with registry.count_dispatches() as counts:
                 collection, optimizer, met = many_processes(rule, sharding, clip)
             pairs = zip(met["losses"], expected["losses"], strict=True)
@@ -220,15 +225,66 @@ def compare() -> dict[str, Any]:
     return found
 
 
-JOBS: dict[str, Callable[[], dict[str, Any]]] = {"compare": compare}
+def quantised() -> dict[str, Any]:
+    """Embeddings and gradients that travel in half precision, for kinds that send them by different collectives."""
+    clip = None
+    _, _, expected = one_process("sgd", clip)
+    found = {}
+    for kind in ("table_wise", "row_wise"):
+        _, _, met = many_processes("sgd", {**KINDS[kind], "quantised_comms": "fp16"}, clip)
+        found[kind] = max(abs(a - b) / abs(b) for a, b in zip(met["losses"], expected["losses"], strict=True))
+    return found
+
+
+def refused() -> dict[str, Any]:
+    """What every process says of settings that cannot be."""
+
+    def message(act: Callable[[], object]) -> str:
+        try:
+            act()
+        except NinerankError as error:
+            return f"{type(error).__name__}: {error}"
+        return "nothing was refused"
+
+    wrong: dict[str, dict[str, Any]] = {
+        "unknown table": {"tables": {"itme": "row_wise"}},
+        "unknown feature": {"pooling": {"histori": 3.0}},
+        "no memory": {"memory_bytes": 1000},
+        "bf16 on gloo": {"quantised_comms": "bf16"},
+    }
+    found = {name: message(lambda own=own: sharded("sgd", own)) for name, own in wrong.items()}
+    found["columns"] = message(lambda: sharded("sgd", {"default": "column_wise"}, {"deep": 9}))
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, found)
+    return {"by rank": everyone}
+
+
+def uneven() -> dict[str, Any]:
+    """Three processes, tables with fewer rows than that, and a bag that no process fills."""
+    found = {}
+    alone, _, expected = one_process("rowwise_adagrad", None)
+    for kind in ("row_wise", "data_parallel"):
+        collection, _, met = many_processes("rowwise_adagrad", KINDS[kind], None)
+        values = {key.removeprefix("embedding."): value for key, value in alone.state_dict().items()}
+        losses = max(abs(a - b) / abs(b) for a, b in zip(met["losses"], expected["losses"], strict=True))
+        found[kind] = {"loss": losses, "values": largest(gathered(collection.shards()), values)}
+    return found
+
+
+def pair() -> dict[str, Any]:
+    """All that two processes are asked, in one pair of them: they start slowly."""
+    return {**compare(), "quantised": quantised(), "refused": refused()}
+
+
+JOBS: dict[str, Callable[..., dict[str, Any]]] = {"pair": pair, "uneven": uneven}
 
 
 def main() -> None:
-    rank, world_size, port, out, job = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), sys.argv[5]
+    rank, world_size, port, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
     torch.set_num_threads(1)
     store = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=60))
-    found = JOBS[job]()
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+    found = JOBS[sys.argv[5]](*sys.argv[6:])
     if rank == 0:
         out.write_text(json.dumps(found))
     dist.barrier()

@@ -1,7 +1,7 @@
 """Static tables over several processes, on TorchRec: plan, lookup, update. Importing this package loads no TorchRec.
 
-    collection = ShardedEmbeddingCollection(spec, groups, config, seed=..., sharding=ShardingConfig(), ...)
-    optimizer = ShardedOptimizer(collection, SparseOptimizerConfig())
+collection = ShardedEmbeddingCollection(spec, groups, config, seed=..., sharding=ShardingConfig(), ...)
+optimizer = ShardedOptimizer(collection, SparseOptimizerConfig())
 """
 
 from importlib import import_module

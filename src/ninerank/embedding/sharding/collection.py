@@ -20,7 +20,7 @@ from ninerank.embedding.sharding.planner import Machine, collections_of, make_pl
 from ninerank.embedding.sharding.storage import BlockStorage, Held
 from ninerank.embedding.sharding.tables import ShardTable, check_sharding, shard_tables
 from ninerank.embedding.sharding.torchrec import distribute, jagged
-from ninerank.errors import DataError, SpecError
+from ninerank.errors import DataError, NinerankError, SpecError
 from ninerank.features.batch import Batch, KeyedJagged
 from ninerank.features.spec import FeatureSpec, IdFeature, SequenceFeature
 
@@ -57,6 +57,11 @@ class ShardedEmbeddingCollection(EmbeddingCollection):
     ) -> None:
         if config.mode != "sparse":
             raise SpecError("sharding needs embedding mode 'sparse'; in mode 'dense' every process keeps all tables")
+        dynamic = [name for name, table in spec.tables.items() if table.is_dynamic]
+        if dynamic:
+            raise SpecError(f"dynamic tables ({', '.join(dynamic)}) are trained by one process; give them a hashed encoding to shard them")
+        if sharding.quantised_comms == "bf16" and machine.kind == "cpu":
+            raise SpecError("sharding.quantised_comms: gloo does not add bf16; on cpu take fp16 or none")
         super().__init__(spec, {}, config, seed=seed)
         check_sharding(spec, groups, sharding, machine.world_size)
         self.dims = dict(groups)
@@ -137,6 +142,7 @@ class ShardedEmbeddingCollection(EmbeddingCollection):
             for place, held in enumerate(storage.held):
                 storage.fill(place, storage.weight, values[f"groups.{held.key}"])
 
+    @property
     def num_values(self) -> int:
         """Values of all tables of all processes, copies counted once."""
         return sum(placed.num_rows * placed.dim for placed in self.plan.placed)
@@ -195,20 +201,17 @@ def _agreed_plan(
     batch_size: int,
     row_bytes: Mapping[str, int],
 ) -> Plan:
-    """The plan of the first process, for all: their memory figures may differ."""
-    texts: list[str | None] = [None]
-    error: Exception | None = None
+    """The plan of the first process, for all: their memory figures may differ. What it refuses, all refuse."""
+    found: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            texts = [make_plan(tables, groups, config, machine, batch_size=batch_size, row_bytes=row_bytes).to_json()]
-        except Exception as problem:  # noqa: BLE001 - the others wait for this process and must be told first
-            error = problem
-    dist.broadcast_object_list(texts, src=0)
-    if error is not None:
-        raise error
-    if texts[0] is None:
-        raise SpecError("sharding: the first process found no plan; its log says why")
-    return Plan.from_json(texts[0])
+            found[0] = make_plan(tables, groups, config, machine, batch_size=batch_size, row_bytes=row_bytes).to_json()
+        except NinerankError as problem:
+            found[1] = problem
+    dist.broadcast_object_list(found, src=0)
+    if found[1] is not None:
+        raise found[1]
+    return Plan.from_json(found[0])
 
 
 def _ids_by_feature(batch: Batch) -> dict[str, _Ids]:

@@ -69,7 +69,7 @@ class ShardedOptimizer:
     def zero_grad(self) -> None:
         """Forget all gradients; no collective call."""
         for storage in self._storages:
-            storage.zero_grad()
+            storage.gradients.clear()
         self._is_exchanged = False
 
     def grad_norm(self) -> Tensor:
@@ -86,9 +86,7 @@ class ShardedOptimizer:
     def scale_grad_(self, factor: float | Tensor) -> None:
         """Multiply all gradients; no collective call."""
         for storage in self._storages:
-            grad = storage.coalesced()
-            if grad is not None:
-                grad.grad_GD.mul_(factor)
+            storage.gradients.scale_(factor)
 
     @torch.no_grad()
     def step(self) -> None:

@@ -12,7 +12,7 @@ from torchrec.distributed.planner.types import HardwareConfig, KernelConfig, Pla
 from ninerank.embedding.sharding.config import ShardingConfig
 from ninerank.embedding.sharding.plan import Placed, Plan
 from ninerank.embedding.sharding.tables import ShardTable, kind_at
-from ninerank.embedding.sharding.torchrec import Collections, Features, sharders, table_name
+from ninerank.embedding.sharding.torchrec import Collections, Features, quiet, sharders, table_name
 from ninerank.errors import DeviceError
 
 __all__ = ["Machine", "collections_of", "make_plan"]
@@ -71,7 +71,7 @@ def make_plan(
         debug=False,
     )
     try:
-        with warnings.catch_warnings():
+        with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TorchRec warns of columns that it leaves whole; they are split below
             planner.plan(collections, cast("Any", sharders()))
     except PlannerError as error:
@@ -80,16 +80,14 @@ def make_plan(
     placed: dict[tuple[str, str], Placed] = {}
     for option in caught.options:
         table, group = names[option.name]
-        kind = _kind(option.sharding_type, groups[group], machine.world_size)
+        kind = option.sharding_type
         rank = option.shards[0].rank if kind == "table_wise" else None
         placed[table.name, group] = Placed(table.name, group, table.num_rows, groups[group], kind, rank, row_bytes[group])
-        total = sum(shard.perf.total for shard in option.shards)
         for shard in option.shards:
             if kind == "column_wise":
                 predicted = [value + shard.perf.total / machine.world_size for value in predicted]
             else:
                 predicted[shard.rank] += shard.perf.total
-        assert total >= 0
     ordered = tuple(placed[table.name, group] for group in groups for table in tables)
     plan = Plan(machine.world_size, ordered, tuple(predicted))
     _check_memory(plan, machine)
@@ -108,17 +106,10 @@ class _Best(Stats):  # type: ignore[misc]
 
 def _constraints(table: ShardTable, dim: int, config: ShardingConfig, world_size: int) -> Any:
     kind = kind_at(config, table.name, dim)
-    kinds = [kind]
+    kinds: list[str] = [kind]
     if kind == "auto":
         kinds = ["table_wise", "row_wise", "data_parallel"] + (["column_wise"] if dim % (4 * world_size) == 0 else [])
-    return ParameterConstraints(
-        sharding_types=list(kinds), min_partition=max(1, dim // world_size), pooling_factors=list(table.ids_a_row)
-    )
-
-
-def _kind(sharding_type: str, dim: int, world_size: int) -> Any:
-    assert sharding_type != "column_wise" or dim % world_size == 0
-    return sharding_type
+    return ParameterConstraints(sharding_types=kinds, min_partition=max(1, dim // world_size), pooling_factors=list(table.ids_a_row))
 
 
 def _topology(machine: Machine, memory_bytes: int) -> Topology:
@@ -152,5 +143,6 @@ def _refusal(tables: Sequence[ShardTable], machine: Machine, row_bytes: Mapping[
     first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return (
         f"sharding: no plan for {total:,} bytes of tables and optimizer state over {machine.world_size} processes of "
-        f"{machine.memory_bytes:,} bytes each ({first_line}); use more processes, other kinds in sharding.tables, or set sharding.memory_bytes"
+        f"{machine.memory_bytes:,} bytes each ({first_line}); use more processes, other kinds in sharding.tables, "
+        "or set sharding.memory_bytes"
     )

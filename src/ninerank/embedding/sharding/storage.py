@@ -4,11 +4,12 @@ Shape legend: N ids, R rows of the storage, F features, B bags a feature, D colu
 """
 
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
 
+from ninerank.embedding.pending import PendingGradients
 from ninerank.embedding.shard import Shard
 from ninerank.embedding.sharding.plan import Block
 from ninerank.embedding.table import initial_rows
@@ -36,7 +37,7 @@ class Held:
 class BlockStorage(nn.Module):
     """Blocks of equal width below each other in one (R, D) tensor, the unit of lookup and of update.
 
-    Gradients of the touched rows are kept until `zero_grad`; rows that several lookups or bags share are summed by `coalesced`, once.
+    Gradients of the touched rows wait in `gradients`; rows that several lookups or bags share are summed by `coalesced`, once.
     """
 
     first_row_T: Tensor
@@ -47,14 +48,13 @@ class BlockStorage(nn.Module):
         self.kernel = kernel
         sizes = [len(each.block.rows) for each in held]
         first_row = list(accumulate(sizes, initial=0))
-        self.slices = [slice(start, stop) for start, stop in zip(first_row, first_row[1:], strict=False)]
+        self.slices = [slice(start, stop) for start, stop in pairwise(first_row)]
         weight_RD = torch.empty(first_row[-1], len(held[0].block.columns))
         for each, rows in zip(held, self.slices, strict=True):
             _draw(weight_RD[rows], each, seed, init_std)
         self.weight = nn.Parameter(weight_RD.to(device), requires_grad=False)
         self.register_buffer("first_row_T", torch.tensor(first_row[:-1], dtype=torch.int64, device=device), persistent=False)
-        self._pending: list[LookupGrad] = []
-        self._coalesced: LookupGrad | None = None
+        self.gradients = PendingGradients()
 
     @property
     def is_copy(self) -> bool:
@@ -69,28 +69,21 @@ class BlockStorage(nn.Module):
         """Sums (B, F * D) of bags; ids lie feature by feature, `table_F` names the place of each one's table in `held`."""
         offsets = torch.cat([length_M.new_zeros(1), length_M.cumsum(0)])
         row_N = self._rows(ids_N, length_M, table_F)
-        out_BFD = pooled(self._recorded(), row_N, offsets, len(table_F), on_grad=self._pending.append, kernel=self.kernel)
+        out_BFD = pooled(self._recorded(), row_N, offsets, len(table_F), on_grad=self.gradients.add, kernel=self.kernel)
         return out_BFD.flatten(1)
 
     def look_up_each(self, ids_N: Tensor, length_M: Tensor, table_F: list[int]) -> Tensor:
         """The row (N, D) of each id."""
-        return sequence(self._recorded(), self._rows(ids_N, length_M, table_F), on_grad=self._pending.append, kernel=self.kernel)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget pending gradients."""
-        self._pending.clear()
-        self._coalesced = None
+        return sequence(self._recorded(), self._rows(ids_N, length_M, table_F), on_grad=self.gradients.add, kernel=self.kernel)
 
     def coalesced(self) -> LookupGrad | None:
-        """The pending gradients, one entry for each touched row, rows ascending; None where no lookup was trained."""
-        if self._pending:
-            self.replace(LookupGrad.merged([*([self._coalesced] if self._coalesced else []), *self._pending]))
-        return self._coalesced
+        """The waiting gradients, one entry for each touched row, rows ascending; None if no row was touched."""
+        return self.gradients.coalesced(self.weight.shape[0])
 
     def replace(self, grad: LookupGrad) -> None:
-        """Put other gradients in the place of those pending, duplicates summed."""
-        self._coalesced = grad.coalesced(self.weight.shape[0], kernel=self.kernel)
-        self._pending.clear()
+        """Put other gradients in the place of those that wait."""
+        self.gradients.clear()
+        self.gradients.add(grad)
 
     def shard(self, place: int, tensor_R: Tensor, *, columns: bool = True) -> Shard:
         """The part of a tensor of this storage that belongs to block `place`; columns: it has one value a column, else one a row."""

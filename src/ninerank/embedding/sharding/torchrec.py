@@ -7,7 +7,10 @@ through `Shard`s, so TorchRec's own state of tables is left out.
 Tables bear numbers here (`g0_t3`, features `f7`): TorchRec gives a meaning to `.` and `@` in names.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -30,7 +33,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from ninerank.embedding.sharding.plan import Block, Placed, Plan
 from ninerank.embedding.sharding.storage import BlockStorage, Held
 
-__all__ = ["Collections", "MakeStorage", "distribute", "jagged", "sharders", "table_name"]
+__all__ = ["Collections", "MakeStorage", "distribute", "jagged", "quiet", "sharders", "table_name"]
 
 KINDS = [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value, ShardingType.COLUMN_WISE.value, ShardingType.DATA_PARALLEL.value]
 
@@ -134,7 +137,7 @@ def _checked(table: Any, held: Held) -> Held:
     return held
 
 
-class _PooledLookup(GroupedPooledEmbeddingsLookup):
+class _PooledLookup(GroupedPooledEmbeddingsLookup):  # type: ignore[misc]
     def __init__(self, configs: list[GroupedEmbeddingConfig], make: MakeStorage, held: Mapping[str, Held], **arguments: Any) -> None:
         self._make, self._held = make, held
         super().__init__(configs, **arguments)
@@ -143,7 +146,7 @@ class _PooledLookup(GroupedPooledEmbeddingsLookup):
         return _PooledKernel(config, self._make, self._held)
 
 
-class _EachLookup(GroupedEmbeddingsLookup):
+class _EachLookup(GroupedEmbeddingsLookup):  # type: ignore[misc]
     def __init__(self, configs: list[GroupedEmbeddingConfig], make: MakeStorage, held: Mapping[str, Held], **arguments: Any) -> None:
         self._make, self._held = make, held
         super().__init__(configs, **arguments)
@@ -152,7 +155,7 @@ class _EachLookup(GroupedEmbeddingsLookup):
         return _EachKernel(config, self._make, self._held)
 
 
-class _Bags(ShardedEmbeddingBagCollection):
+class _Bags(ShardedEmbeddingBagCollection):  # type: ignore[misc]
     """TorchRec's sharded bags over our lookups."""
 
     def __init__(self, make: MakeStorage, held: Mapping[str, Held], **arguments: Any) -> None:
@@ -171,7 +174,7 @@ class _Bags(ShardedEmbeddingBagCollection):
         """Start values and saved state are the storages' own."""
 
 
-class _Each(ShardedEmbeddingCollection):
+class _Each(ShardedEmbeddingCollection):  # type: ignore[misc]
     """TorchRec's sharded unpooled embeddings over our lookups."""
 
     def __init__(self, make: MakeStorage, held: Mapping[str, Held], **arguments: Any) -> None:
@@ -190,7 +193,7 @@ class _Each(ShardedEmbeddingCollection):
         """See `_Bags`."""
 
 
-class BagSharder(EmbeddingBagCollectionSharder):
+class BagSharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]
     """Shards bags over our lookups, row-wise on every kind of device."""
 
     def __init__(self, make: MakeStorage | None, held: Mapping[str, Held], codecs: Any) -> None:
@@ -203,15 +206,13 @@ class BagSharder(EmbeddingBagCollectionSharder):
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
         return _compute_kernels(sharding_type)
 
-    def shard(
-        self, module: Any, params: Any, env: ShardingEnv, device: torch.device | None = None, module_fqn: str | None = None
-    ) -> _Bags:
+    def shard(self, module: Any, params: Any, env: ShardingEnv, device: torch.device | None = None, module_fqn: str | None = None) -> _Bags:
         assert self._make is not None, "this sharder only plans"
         arguments = {"table_name_to_parameter_sharding": params, "env": env, "device": device, "module_fqn": module_fqn}
         return _Bags(self._make, self._held, module=module, qcomm_codecs_registry=self.qcomm_codecs_registry, **arguments)
 
 
-class EachSharder(EmbeddingCollectionSharder):
+class EachSharder(EmbeddingCollectionSharder):  # type: ignore[misc]
     """Shards unpooled embeddings over our lookups."""
 
     def __init__(self, make: MakeStorage | None, held: Mapping[str, Held], codecs: Any) -> None:
@@ -224,9 +225,7 @@ class EachSharder(EmbeddingCollectionSharder):
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
         return _compute_kernels(sharding_type)
 
-    def shard(
-        self, module: Any, params: Any, env: ShardingEnv, device: torch.device | None = None, module_fqn: str | None = None
-    ) -> _Each:
+    def shard(self, module: Any, params: Any, env: ShardingEnv, device: torch.device | None = None, module_fqn: str | None = None) -> _Each:
         assert self._make is not None, "this sharder only plans"
         arguments = {"table_name_to_parameter_sharding": params, "env": env, "device": device, "module_fqn": module_fqn}
         return _Each(self._make, self._held, module=module, qcomm_codecs_registry=self.qcomm_codecs_registry, **arguments)
@@ -255,6 +254,7 @@ def distribute(
 ) -> DistributedModelParallel:
     """Put the collections on the processes of the default group as `plan` says; `placed` maps TorchRec's table names to its places."""
     set_gradient_division(True)
+    warnings.filterwarnings("ignore", message="`torch.distributed.[a-z_]+` is deprecated", category=FutureWarning)  # called by TorchRec
     rank = dist.get_rank()
     held = {name: _held(each, each.block(rank, plan.world_size)) for name, each in placed.items()}
     built = sharders(make, held, _codecs(quantised, device))
@@ -262,15 +262,27 @@ def distribute(
         path: _module_plan(module, plan, placed, built[0 if path == "bags" else 1], device.type, local_world_size)
         for path, module in collections.paths().items()
     }
-    return DistributedModelParallel(
-        collections,
-        env=ShardingEnv.from_process_group(dist.group.WORLD),
-        device=device,
-        plan=ShardingPlan(plan=modules),
-        sharders=built,
-        init_data_parallel=False,
-        init_parameters=False,
-    )
+    with quiet():
+        return DistributedModelParallel(
+            collections,
+            env=ShardingEnv.from_process_group(dist.group.WORLD),
+            device=device,
+            plan=ShardingPlan(plan=modules),
+            sharders=built,
+            init_data_parallel=False,
+            init_parameters=False,
+        )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """TorchRec warns through the root logger of what is meant here: tables without a sharding spec, parameters it does not cache."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _held(placed: Placed, block: Block) -> Held:

@@ -1,0 +1,97 @@
+"""Sharded tables against one process: real processes over gloo, each job in one set of them since they start slowly."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torchrec", reason="needs torchrec")
+pytestmark = pytest.mark.distributed
+
+JOB = Path(__file__).with_name("sharding_job.py")
+WAIT_S = 240
+RULES = ("sgd", "adagrad", "rowwise_adagrad", "adam", "ftrl")
+KINDS = ("table_wise", "row_wise", "column_wise", "data_parallel")
+
+
+def run(tmp_path: Path, *job: str, world_size: int = 2) -> dict[str, Any]:
+    """What the first of `world_size` processes found; fails with the output of the process that failed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out = tmp_path / "found.json"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(JOB), str(rank), str(world_size), str(port), str(out), *job],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        said = [process.communicate(timeout=WAIT_S)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * world_size, "\n".join(said)[-4000:]
+    found: dict[str, Any] = json.loads(out.read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run(tmp_path_factory.mktemp("pair"), "pair")
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_train_as_one(compared: dict[str, Any], kind: str, rule: str) -> None:
+    found = compared[f"{kind} {rule}"]
+    assert found["loss"] <= 1e-5  # relative, the largest of 50 steps
+    assert found["norm"] <= 1e-5
+    assert found["values"] <= 1e-5
+    assert found["state"] <= 1e-5
+    assert kind in found["kinds"]
+
+
+def test_kinds_can_be_mixed(compared: dict[str, Any]) -> None:
+    found = compared["mixed rowwise_adagrad"]
+    assert {"row_wise", "column_wise", "data_parallel"} <= set(found["kinds"])
+    assert max(found["loss"], found["values"], found["state"]) <= 1e-5
+
+
+def test_our_kernels_ran_inside_torchrec(compared: dict[str, Any]) -> None:
+    counts = compared["row_wise sgd"]["dispatches"]
+    assert all(name.endswith(".numba") for name in counts)
+    # Per step a lookup of the tables that are only pooled, and one for each group of those that a sequence looks into.
+    assert counts["embedding_bag.numba"] >= 50
+    assert counts["embedding_sequence.numba"] == 100
+    assert counts["embedding_update.numba"] >= 100
+
+
+def test_three_processes_and_tables_of_fewer_rows(tmp_path: Path) -> None:
+    found = run(tmp_path, "uneven", world_size=3)
+    for kind in ("row_wise", "data_parallel"):
+        assert max(found[kind].values()) <= 1e-5
+
+
+def test_half_precision_on_the_way_stays_within_its_bound(compared: dict[str, Any]) -> None:
+    for difference in compared["quantised"].values():
+        assert 1e-7 < difference < 5e-3
+
+
+def test_every_process_refuses_what_cannot_be(compared: dict[str, Any]) -> None:
+    for said in compared["refused"]["by rank"]:
+        assert "unknown table 'itme'; did you mean 'item'?" in said["unknown table"]
+        assert "'histori' is no feature with a table; did you mean 'history'?" in said["unknown feature"]
+        assert "fp16 or none" in said["bf16 on gloo"]
+        assert "9 columns (group 'deep') do not divide among 2 processes" in said["columns"]
+        assert said["no memory"].startswith("DeviceError: sharding: ")
