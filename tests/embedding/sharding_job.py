@@ -216,7 +216,7 @@ def compare(*rules: str) -> dict[str, Any]:
                 "loss": max(abs(a - b) / abs(b) for a, b in pairs),
                 "norm": max((abs(a - b) / abs(b) for a, b in norms), default=0.0),
                 "values": largest(gathered(collection.shards()), values),
-                "state": largest(gathered(optimizer.shards()), alone_optimizer.state_dict()) if rule != "sgd" else 0.0,
+                "state": largest(gathered(optimizer.state_dict()), alone_optimizer.state_dict()) if rule != "sgd" else 0.0,
                 "first": expected["losses"][0],
                 "last": expected["losses"][-1],
                 "dispatches": {f"{operator}.{kernel}": count for (operator, kernel), count in counts.items()},
@@ -276,7 +276,7 @@ def pair() -> dict[str, Any]:
     return {**compare(), "quantised": quantised(), "refused": refused()}
 
 
-JOBS: dict[str, Callable[..., dict[str, Any]]] = {"pair": pair, "uneven": uneven}
+JOBS: dict[str, Callable[..., dict[str, Any]]] = {"pair": pair, "compare": compare, "uneven": uneven}
 
 
 def main() -> None:

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-__all__ = ["Shard"]
+__all__ = ["Shard", "absent"]
 
 
 @dataclass(frozen=True)
@@ -42,3 +43,12 @@ class Shard:
     def is_whole(self) -> bool:
         """Whether the block is the whole tensor."""
         return tuple(self.tensor.shape) == self.global_shape
+
+
+def absent(shape: tuple[int, ...], dtype: torch.dtype) -> Shard:
+    """The block of a process that holds nothing of a tensor.
+
+    >>> absent((10, 4), torch.float32).tensor.numel()
+    0
+    """
+    return Shard(shape, (shape[0], *(0 for _ in shape[1:])), torch.empty(0, *shape[1:], dtype=dtype))

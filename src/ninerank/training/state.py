@@ -7,13 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ninerank.embedding.shard import Shard
 from ninerank.errors import CheckpointError
 
 __all__ = ["flatten", "generator_state", "reseed", "restore", "restore_generators"]
 
 
-def flatten(tree: object, prefix: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON form of nested dicts, lists, tuples and numbers; each tensor goes to `tensors` under a name that starts with `prefix`.
+def flatten(tree: object, prefix: str, tensors: dict[str, Any]) -> Any:
+    """JSON form of nested dicts, lists, tuples and numbers; a tensor or shard goes to `tensors` under a name that starts with `prefix`.
 
     >>> found = {}
     >>> flatten({"state": {0: torch.ones(2)}, "lr": 0.1, "betas": (0.9, 0.999)}, "adam", found)
@@ -21,6 +22,9 @@ def flatten(tree: object, prefix: str, tensors: dict[str, Tensor]) -> Any:
     >>> found
     {'adam.state.0': tensor([1., 1.])}
     """
+    if isinstance(tree, Shard):
+        tensors[prefix] = tree
+        return {"tensor": prefix}
     if isinstance(tree, Tensor):
         tensors[prefix] = tree.detach()
         return {"tensor": prefix}

@@ -8,17 +8,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ninerank.embedding.sharding.config import ShardingConfig, ShardingKind
-from ninerank.embedding.sharding.plan import Plan
+from ninerank.embedding.sharding.plan import Machine, Plan
 
 if TYPE_CHECKING:
     from ninerank.embedding.sharding.collection import ShardedEmbeddingCollection
     from ninerank.embedding.sharding.optimizer import ShardedOptimizer, row_bytes
-    from ninerank.embedding.sharding.planner import Machine, make_plan
+    from ninerank.embedding.sharding.planner import make_plan
 
 __all__ = ["Machine", "Plan", "ShardedEmbeddingCollection", "ShardedOptimizer", "ShardingConfig", "ShardingKind", "make_plan", "row_bytes"]
 
 _LAZY = {
-    "Machine": "planner",
     "make_plan": "planner",
     "ShardedEmbeddingCollection": "collection",
     "ShardedOptimizer": "optimizer",

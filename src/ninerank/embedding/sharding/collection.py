@@ -13,13 +13,11 @@ from torch import distributed as dist
 
 from ninerank.embedding.collection import EmbeddingCollection, EmbeddingConfig, pooled_keys
 from ninerank.embedding.pooling import Padding, pool_rows
-from ninerank.embedding.shard import Shard
+from ninerank.embedding.shard import Shard, absent
 from ninerank.embedding.sharding.config import ShardingConfig
-from ninerank.embedding.sharding.plan import Placed, Plan
-from ninerank.embedding.sharding.planner import Machine, collections_of, make_plan
+from ninerank.embedding.sharding.plan import Machine, Placed, Plan
 from ninerank.embedding.sharding.storage import BlockStorage, Held
 from ninerank.embedding.sharding.tables import ShardTable, check_sharding, shard_tables
-from ninerank.embedding.sharding.torchrec import distribute, jagged
 from ninerank.errors import DataError, NinerankError, SpecError
 from ninerank.features.batch import Batch, KeyedJagged
 from ninerank.features.spec import FeatureSpec, IdFeature, SequenceFeature
@@ -55,6 +53,9 @@ class ShardedEmbeddingCollection(EmbeddingCollection):
         batch_size: int,
         row_bytes: Mapping[str, int],
     ) -> None:
+        from ninerank.embedding.sharding.planner import collections_of
+        from ninerank.embedding.sharding.torchrec import distribute
+
         if config.mode != "sparse":
             raise SpecError("sharding needs embedding mode 'sparse'; in mode 'dense' every process keeps all tables")
         dynamic = [name for name, table in spec.tables.items() if table.is_dynamic]
@@ -127,20 +128,19 @@ class ShardedEmbeddingCollection(EmbeddingCollection):
                 inputs[f"{group}.seq.{feature}"] = padding.pad(rows[feature, group])[0]
         return inputs
 
-    def shards(self) -> dict[str, Shard]:
-        """This process's blocks of values under `groups.<group>.<table>`; of a table that all processes copy, in the first one alone."""
-        return {
-            f"groups.{held.key}": storage.shard(place, storage.weight)
-            for storage in self.storages
-            for place, held in enumerate(storage.held)
-            if not held.block.is_empty and not (held.is_copy and dist.get_rank() > 0)
-        }
+    def shards(self, *, reading: bool = False) -> dict[str, Shard]:
+        """This process's block of each table's values under `groups.<group>.<table>`, without elements where it has none.
 
-    def load_values(self, values: Mapping[str, Tensor]) -> None:
-        """Take whole tables under `groups.<group>.<table>`, each process its blocks of them."""
+        Of a table that all processes copy, the first one names the block; all do when `reading`.
+        """
+        found = {}
+        for placed in self.plan.placed:
+            found[f"groups.{placed.group}.{placed.table}"] = absent((placed.num_rows, placed.dim), torch.float32)
         for storage in self.storages:
             for place, held in enumerate(storage.held):
-                storage.fill(place, storage.weight, values[f"groups.{held.key}"])
+                if reading or not held.is_copy or dist.get_rank() == 0:
+                    found[f"groups.{held.key}"] = storage.shard(place, storage.weight)
+        return found
 
     @property
     def num_values(self) -> int:
@@ -171,6 +171,8 @@ class ShardedEmbeddingCollection(EmbeddingCollection):
         return self._distributed[0].module
 
     def _jagged(self, features: list[str], ids: Mapping[str, _Ids]) -> Any:
+        from ninerank.embedding.sharding.torchrec import jagged
+
         values, lengths = torch.cat([ids[name].values for name in features]), torch.cat([ids[name].lengths for name in features])
         return jagged([self._number[name] for name in features], values, lengths)
 
@@ -202,6 +204,8 @@ def _agreed_plan(
     row_bytes: Mapping[str, int],
 ) -> Plan:
     """The plan of the first process, for all: their memory figures may differ. What it refuses, all refuse."""
+    from ninerank.embedding.sharding.planner import make_plan
+
     found: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:

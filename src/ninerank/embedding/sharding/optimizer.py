@@ -14,11 +14,11 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ninerank.embedding.optimizer import SparseOptimizerConfig
-from ninerank.embedding.shard import Shard
+from ninerank.embedding.shard import Shard, absent
 from ninerank.embedding.sharding.collection import ShardedEmbeddingCollection
 from ninerank.embedding.sharding.exchange import gather_rows, global_sum
 from ninerank.embedding.sharding.storage import BlockStorage
-from ninerank.errors import CheckpointError, SpecError, nearest
+from ninerank.errors import SpecError, nearest
 from ninerank.fusion.kernels.embedding_update import RowOptimizer, RowwiseAdagrad
 from ninerank.fusion.lookup import LookupGrad
 
@@ -53,6 +53,7 @@ class ShardedOptimizer:
         self.lr_scale = 1.0
         self._rule = config.rule
         self._storages = collection.storages
+        self._placed = collection.plan.placed
         self._device = collection.device
         self._world_size = collection.plan.world_size
         self._lr_T = [
@@ -143,35 +144,27 @@ class ShardedOptimizer:
                 if gathered is not None:
                     storage.replace(LookupGrad(gathered[1] / self._world_size, gathered[0]))
 
-    def shards(self) -> dict[str, Shard]:
-        """This process's blocks of the state under `<group>.<table>.<state>`; no collective call.
+    def state_dict(self, *, reading: bool = False) -> dict[str, Shard]:
+        """This process's block of each state under `<group>.<table>.<state>`, without elements where it has none; no collective call.
 
-        What has one value a row is named by one process: where columns are shared out or tables copied, by the first.
+        Of what several processes hold alike (tables they copy, one value a row where columns are shared out) the first one names the
+        block; all do when `reading`, and fill the tensors in place.
         """
-        found: dict[str, Shard] = {}
+        found = {}
+        for placed in self._placed:
+            for name, width, dtype in _widths(self._rule, placed.dim):
+                shape = (placed.num_rows, width) if width else (placed.num_rows,)
+                found[f"{placed.group}.{placed.table}.{name}"] = absent(shape, dtype)
         for storage, state in zip(self._storages, self._state, strict=True):
             for place, held in enumerate(storage.held):
                 for name, tensor in state.items():
-                    is_repeated = held.is_copy or (tensor.dim() == 1 and held.block.columns.start > 0)
-                    if not held.block.is_empty and not (is_repeated and dist.get_rank() > 0):
+                    is_repeated = held.is_copy or (tensor.dim() == 1 and storage.is_column_wise)
+                    if reading or not is_repeated or dist.get_rank() == 0:
                         found[f"{held.key}.{name}"] = storage.shard(place, tensor, columns=tensor.dim() == 2)
         return found
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take whole state tensors under the names of `shards`, each process its blocks; no collective call.
 
-        Raises CheckpointError for a name that is missing, left over, or of another shape.
-        """
-        wanted = {f"{held.key}.{name}" for storage in self._storages for held in storage.held for name in self._rule.state_names}
-        for key in sorted(wanted - state.keys()):
-            raise CheckpointError(f"sparse optimizer state: {key!r} is missing; this optimizer is {self.config.kind}")
-        for storage, own in zip(self._storages, self._state, strict=True):
-            for place, held in enumerate(storage.held):
-                for name, tensor in own.items():
-                    whole = state[f"{held.key}.{name}"]
-                    shape = (held.num_rows, held.dim) if tensor.dim() == 2 else (held.num_rows,)
-                    if tuple(whole.shape) != shape:
-                        raise CheckpointError(
-                            f"sparse optimizer state: '{held.key}.{name}' has shape {tuple(whole.shape)}, {shape} is needed"
-                        )
-                    storage.fill(place, tensor, whole)
+def _widths(rule: RowOptimizer, dim: int) -> list[tuple[str, int, torch.dtype]]:
+    """Name of each state tensor, its columns (0 for one value a row) and its type."""
+    tensors = rule.new_state(torch.empty(1, dim), torch.ones(1))
+    return [(name, dim if tensor.dim() == 2 else 0, tensor.dtype) for name, tensor in zip(rule.state_names, tensors, strict=True)]

@@ -7,7 +7,7 @@ from typing import Literal
 
 from rich.table import Table
 
-__all__ = ["Block", "Placed", "Plan"]
+__all__ = ["Block", "Machine", "Placed", "Plan"]
 
 Kind = Literal["table_wise", "row_wise", "column_wise", "data_parallel"]
 MIB = 1 << 20
@@ -61,6 +61,16 @@ class Placed:
         """Bytes that the block of `rank` takes."""
         block = self.block(rank, world_size)
         return len(block.rows) * self.row_bytes * len(block.columns) // self.dim
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the plan is for. memory_bytes: of one process, for tables and their optimizer state."""
+
+    kind: str
+    world_size: int
+    local_world_size: int
+    memory_bytes: int
 
 
 @dataclass(frozen=True)

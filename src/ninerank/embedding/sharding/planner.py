@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
@@ -10,26 +9,16 @@ from torchrec.distributed.planner.storage_reservations import FixedPercentageSto
 from torchrec.distributed.planner.types import HardwareConfig, KernelConfig, PlannerError, Stats, TopologyFactory, TrainerConfig
 
 from ninerank.embedding.sharding.config import ShardingConfig
-from ninerank.embedding.sharding.plan import Placed, Plan
+from ninerank.embedding.sharding.plan import Machine, Placed, Plan
 from ninerank.embedding.sharding.tables import ShardTable, kind_at
 from ninerank.embedding.sharding.torchrec import Collections, Features, quiet, sharders, table_name
 from ninerank.errors import DeviceError
 
-__all__ = ["Machine", "collections_of", "make_plan"]
+__all__ = ["collections_of", "make_plan"]
 
 FLOAT_BYTES = 4
 # Bytes a millisecond. HBM of Ascend 910B: 1.6 TB/s; its links within a host: 392 GB/s (Huawei's figures of the Atlas 800T A2).
 ASCEND_HBM, ASCEND_LINK = 1.6e9, 392e6
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the plan is for. memory_bytes: of one process, for tables and their optimizer state."""
-
-    kind: str
-    world_size: int
-    local_world_size: int
-    memory_bytes: int
 
 
 def collections_of(tables: Sequence[ShardTable], groups: Mapping[str, int]) -> tuple[Collections, dict[str, tuple[ShardTable, str]]]:

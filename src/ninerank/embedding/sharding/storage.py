@@ -92,12 +92,6 @@ class BlockStorage(nn.Module):
         own = tensor_R.detach()[self.slices[place]]
         return Shard(shape, offsets, own) if columns else Shard(shape[:1], offsets[:1], own)
 
-    def fill(self, place: int, tensor_R: Tensor, whole: Tensor) -> None:
-        """Copy into block `place` of a tensor of this storage what the whole table's tensor holds there."""
-        block = self.held[place].block
-        rows = whole[block.rows.start : block.rows.stop]
-        tensor_R.detach()[self.slices[place]] = rows[:, block.columns.start : block.columns.stop] if rows.dim() == 2 else rows
-
     def extra_repr(self) -> str:
         return f"{len(self.held)} blocks, {tuple(self.weight.shape)}{', copied' if self.is_copy else ''}"
 
