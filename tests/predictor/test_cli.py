@@ -164,6 +164,7 @@ def test_serve_rank_and_end(
         (["rank", "--example", "nowhere"], "", "nowhere: is no directory"),
         (["serve", "nowhere", "--port", "0"], "", "nowhere: is no directory"),
         (["export", "nowhere", "--out", "x"], "", "nowhere: is no run directory"),
+        (["export", "nowhere", "--out", "x", "--tables", "int16"], "", "no table type 'int16'; did you mean"),
     ],
 )
 def test_mistakes_are_one_line(ninerank: Callable[..., Done], words: list[str], stdin: str, message: str) -> None:
@@ -178,3 +179,12 @@ def test_a_bundle_is_not_overwritten(ninerank: Callable[..., Done], run_dir: Pat
     done = ninerank("export", run_dir, "--out", bundle)
     assert done.code == 1
     assert "exists already" in done.err
+
+
+def test_tables_in_fewer_bits(ninerank: Callable[..., Done], run_dir: Path, bundle: Path, log_dir: Path, tmp_path: Path) -> None:
+    done = ninerank("export", run_dir, "--out", tmp_path / "small", "--tables", "int8")
+    assert done.code == 0
+    (difference,) = re.findall(r"^tables in deep fp16: golden scores move by at most (\S+)$", done.out, re.MULTILINE)
+    rows = pq.read_table(log_dir / "test.parquet").combine_chunks().to_batches()[0]
+    moved = np.abs(Engine.load(tmp_path / "small", "cpu").score(rows) - Engine.load(bundle, "cpu").score(rows)).max()
+    assert 0 < moved <= 4 * float(difference) < 1e-3

@@ -30,9 +30,11 @@ def run(
     """Write a trained run as a bundle: spec, dense graph, tables, golden rows with their scores, checksums."""
     from rich.console import Console
 
+    from ninerank.embedding.quantize import check_dtype
     from ninerank.predictor.bundle import export_bundle
     from ninerank.training.run import load_run
 
+    check_dtype(tables)
     console = Console(stderr=True)
     with console.status("loading the run") as status:
         trained = load_run(run_dir)

@@ -50,9 +50,10 @@ if TYPE_CHECKING:
 
 __all__ = ["ROUNDING_TOLERANCE", "Bundle", "Golden", "export_bundle"]
 
-# Differences of scores: what rounding alone makes of them from machine to machine, and what each type of tables may add at most.
+# Largest differences of scores: what rounding alone makes of them from machine to machine, and beyond what tables of each type are no
+# rounding any more but a mistake. Models with steep scores were seen to move by 2e-3, 2e-2 and 0.35 (docs/quantised.md).
 ROUNDING_TOLERANCE = 1e-5
-MOST_DIFFERENCE: dict[TableDtype, float] = {"fp32": 1e-5, "fp16": 1e-3, "int8": 1e-2, "int4": 1e-1}
+MOST_DIFFERENCE: dict[TableDtype, float] = {"fp32": 1e-5, "fp16": 1e-2, "int8": 1e-1, "int4": 0.5}
 SPEC, GRAPH, WEIGHTS, GOLDEN = "spec.json", "graph.json", "weights.safetensors", "golden.parquet"
 TABLES, IDS = "tables", "ids"
 
