@@ -174,6 +174,28 @@ def test_best_weights_are_the_last_ones_saved(tmp_path):
         BestWeights(tmp_path / "none", spec_digest="d").load()
 
 
+def test_best_weights_hold_tables_by_id_under_the_names_of_one_process(tmp_path):
+    best, state = BestWeights(tmp_path / "best", spec_digest="d"), {"id": torch.tensor([2, 5]), "value.deep": torch.ones(2, 3)}
+    best.save({"tower.w": torch.ones(1), "managed.item": ById(state)}, epoch=1)
+    found = best.load()
+    assert found.keys() == {"tower.w", "managed.item.id", "managed.item.value.deep"}
+    assert torch.equal(found["managed.item.id"], state["id"])
+
+
+def test_a_section_is_read_into_what_is_there_and_into_new_memory(tmp_path):
+    store, whole = make_store(tmp_path), torch.arange(12.0).view(4, 3)
+    blocks = [Shard((4, 3), (0, 0), whole[:, :1]), Shard((4, 3), (0, 1), whole[:, 1:])]
+    store.save(5, {"sparse": {"w": blocks, "v": blocks, "b": torch.ones(2)}}, STATE)
+    checkpoint = store.load()
+    assert checkpoint is not None
+    own = {"v": Shard((4, 3), (2, 1), torch.zeros(2, 2)), "b": Shard((2,), (0,), torch.zeros(0))}
+    found = checkpoint.section("sparse", into=own)
+    assert torch.equal(found["w"], whole)
+    assert found["v"] is own["v"]
+    assert torch.equal(own["v"].tensor, whole[2:, 1:])
+    assert found["b"].tensor.numel() == 0
+
+
 def test_weights_of_another_model_are_refused():
     with pytest.raises(CheckpointError, match=r"best: does not fit the model.*bias"):
         load_weights(torch.nn.Linear(2, 3), {"weight": torch.ones(3, 2)}, "best")

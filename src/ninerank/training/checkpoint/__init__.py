@@ -6,7 +6,7 @@ planner.py     who writes and who reads which block               storage.py   f
 tensorfile.py  safetensors written and hashed in one pass         peers.py     the processes that save and load together
 
     RUN/checkpoints/step-<n>/   manifest.json  state.json  rank-<r>.safetensors, one a process
-    RUN/best/                   manifest.json  model-<digest>.safetensors
+    RUN/best/                   manifest.json  rank-<r>-<digest>.safetensors
 
 No file is unpickled; every file is checked against its SHA-256 before a byte of it is used.
 """

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from ninerank.embedding.dynamic.state import own_shard
+from ninerank.embedding.shard import Shard
 from ninerank.errors import CheckpointError
 from ninerank.training import sealed
 from ninerank.training.checkpoint.peers import Peers
@@ -24,7 +25,7 @@ from ninerank.training.checkpoint.planner import ShardLoadPlanner, ShardSavePlan
 from ninerank.training.checkpoint.staging import HostBuffers
 from ninerank.training.checkpoint.storage import SafetensorsReader, SafetensorsWriter
 from ninerank.training.checkpoint.tensorfile import TORCH_DTYPES, read_tensor
-from ninerank.training.checkpoint.tree import Leaf, Tree, flatten_tree, part_key, whole
+from ninerank.training.checkpoint.tree import Leaf, Tree, flatten_tree, part_key
 
 __all__ = ["FORMAT", "Archive", "Writing", "save_archive", "save_archive_later"]
 
@@ -79,18 +80,11 @@ class Archive:
             raise CheckpointError(f"{self.directory}: does not fit the model of the recipe: it has {left[0]!r}, which the model has not")
         self._fill(leaves)
 
-    def section(self, section: str, into: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """All tensors of a section by their names in it, each whole: in those of `into` where it has them, else in new host memory."""
-        tensors, given = self.extra["tensors"], into or {}
-        kept_apart = tuple(f"{name}[" for name in self.extra["parts"])
-        names = [name for name in tensors if name.startswith(f"{section}.") and not name.startswith(kept_apart)]
-        found = {}
-        for name in names:
-            short = name.removeprefix(f"{section}.")
-            found[short] = (
-                given[short] if short in given else torch.empty(tensors[name]["shape"], dtype=TORCH_DTYPES[tensors[name]["dtype"]])
-            )
-        self._fill({f"{section}.{short}": Leaf((whole(tensor),)) for short, tensor in found.items()})
+    def section(self, section: str, into: Mapping[str, Tensor | Shard] | None = None) -> dict[str, Any]:
+        """All tensors of a section by their names in it: those that `into` has are filled in place, the others whole in new host memory."""
+        given = into or {}
+        found = {name: given[name] if name in given else self._empty(f"{section}.{name}") for name in self._names(section)}
+        self._fill(flatten_tree({section: found}, rank=0, world_size=1).leaves)
         return found
 
     def by_id(self, name: str, *, rank: int | None = None, world_size: int | None = None) -> dict[str, Tensor]:
@@ -112,6 +106,20 @@ class Archive:
             return None
         return dict(_Columns(self, name, self.peers.rank, part["ranks"][str(self.peers.rank)]["columns"]))
 
+    def is_by_id(self, name: str) -> bool:
+        """Whether a leaf is a table by id."""
+        return bool(self.extra["parts"].get(name, {}).get("kind") == "by_id")
+
+    def _names(self, section: str) -> list[str]:
+        """Names in a section, without what is kept apart by process."""
+        start, kept_apart = f"{section}.", tuple(f"{name}[" for name in self.extra["parts"])
+        return [name.removeprefix(start) for name in self.extra["tensors"] if name.startswith(start) and not name.startswith(kept_apart)]
+
+    def _empty(self, name: str) -> Tensor:
+        """New host memory for a tensor, by its full name."""
+        entry = self.extra["tensors"][name]
+        return torch.empty(entry["shape"], dtype=TORCH_DTYPES[entry["dtype"]])
+
     def _part(self, name: str, kind: str) -> Mapping[str, Any]:
         part: Mapping[str, Any] = self.extra["parts"].get(name, {})
         if part.get("kind") != kind:
@@ -126,7 +134,7 @@ class Archive:
         (block,) = self.extra["tensors"][name]["blocks"]
         return read_tensor(self.paths[block["file"]], block["key"])
 
-    def _fill(self, leaves: dict[str, Leaf]) -> None:
+    def _fill(self, leaves: Mapping[str, Leaf]) -> None:
         _quiet()
         reader = SafetensorsReader(self.paths, self.extra["tensors"])
         planner = ShardLoadPlanner(str(self.directory))

@@ -36,8 +36,16 @@ class BestWeights:
         return Archive.open(self.directory, spec_digest=self.spec_digest, peers=self.peers)
 
     def load(self) -> Mapping[str, Tensor]:
-        """All weights, whole, in new host memory. Raises CheckpointError if they are missing, damaged or of another spec."""
-        return self.open().section("model")
+        """All weights, whole, in new host memory, as one process's `state_dict` names them; tables by id as those of all processes.
+
+        Raises CheckpointError if they are missing, damaged or of another spec.
+        """
+        archive = self.open()
+        found = archive.section("model")
+        for name in (name for name in archive.extra["parts"] if archive.is_by_id(name)):
+            columns = archive.by_id(name, rank=0, world_size=1)
+            found.update({f"{name.removeprefix('model.')}.{column}": tensor for column, tensor in columns.items()})
+        return found
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
