@@ -375,9 +375,17 @@ def test_values_alone_and_an_optimizer_given_later() -> None:
         assert table.metrics()["table.item.evictions"] > 0
         with pytest.raises(CheckpointError, match="'state.deep.n' is not of this table"):
             table.load_values(table.state())
+        state = {name: tensor.clone() for name, tensor in table.state().items()}
+        train(table, torch.arange(30), 8)
+        assert not torch.equal(table.state()["value.deep"], state["value.deep"])
+        state = {name: tensor.clone() for name, tensor in table.state().items()}
+        table.move_to("cpu")
+        assert_equal(table.state(), state)
         table.prepare(torch.tensor([1]), step=9)
         with pytest.raises(RuntimeError, match="an optimizer is given in the middle of step 9"):
             table.train_with(SGD(), LR)
+        with pytest.raises(RuntimeError, match="the device is changed in the middle of step 9"):
+            table.move_to("cpu")
     with pytest.raises(RuntimeError, match="is closed"):
         table.prepare(torch.tensor([1]))
 

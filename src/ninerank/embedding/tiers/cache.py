@@ -81,8 +81,8 @@ class SlotGradients(PendingGradients):
         self._slots = cache.slots
 
     def coalesced(self, num_rows: int) -> LookupGrad | None:
-        """One entry for each touched slot, in the order of the table's rows."""
-        grad = super().coalesced(num_rows)
+        """One entry for each touched slot, in the order of the table's rows; num_rows: at least the number of slots."""
+        grad = super().coalesced(min(num_rows, self._slots.num_slots))
         if grad is None:
             return None
         order = np.argsort(self._slots.row[grad.rows_N.cpu().numpy()])

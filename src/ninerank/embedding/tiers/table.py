@@ -109,12 +109,24 @@ class TieredTable:
         self._check_between_steps("an optimizer is given")
         self.optimizer, self.lr = optimizer, lr
         if self._store is not None:
-            self._cache.flush()
-            self._cache.traffic.close()
+            self._end_cache()
             self._store.rebuild(optimizer, lr)
-            self._reading.clear()
             self._begin(self._store)
         self._open()
+
+    def move_to(self, device: torch.device | str) -> None:
+        """Keep the cache on this device from now on. Raises RuntimeError in the middle of a step."""
+        self._check_between_steps("the device is changed")
+        self.device = torch.device(device)
+        self._first_row_T = self._first_row_T.to(self.device)
+        if self._store is not None:
+            self._end_cache()
+            self._begin(self._store)
+
+    def _end_cache(self) -> None:
+        self._cache.flush()
+        self._cache.traffic.close()
+        self._reading.clear()
 
     @property
     def gradients(self) -> Mapping[str, SlotGradients]:
