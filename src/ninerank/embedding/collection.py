@@ -89,9 +89,8 @@ class EmbeddingCollection(nn.Module):
             }
         )
         self.keys = pooled_keys(spec)
-        self._request_keys = {*spec.single_keys("request"), *spec.bag_keys("request")}
         self.managed: dict[str, ManagedTable] = {}
-        self.parts = nn.ModuleDict()
+        self._parts: dict[str, Part] = {}
         self._expected = {side: (spec.single_keys(side), spec.bag_keys(side), spec.sequence_keys(side)) for side in SIDES}
         for name in own if groups else ():  # `of_tables` brings its own
             self.manage(spec, DynamicTable(name, groups, config.dynamic_table(name), seed=seed))
@@ -126,7 +125,7 @@ class EmbeddingCollection(nn.Module):
     def manage(self, spec: FeatureSpec, table: ManagedTable) -> None:
         """Look the features of `table.name` up in this table."""
         self.managed[table.name] = table
-        self.parts[table.name] = Part(spec, TableLayout.of({table.name: 0}))
+        self._parts[table.name] = Part(spec, TableLayout.of({table.name: 0}))
 
     def prepare(self, batch: Batch, *, step: int | None = None) -> Batch:
         """The batch with rows in place of the ids of managed tables; on the host, before it is moved. step: of training, None to read.
@@ -138,7 +137,7 @@ class EmbeddingCollection(nn.Module):
         if batch.item.dense_RF.device.type != "cpu":
             raise DataError("a batch for managed tables must be prepared on the host: call prepare() before moving it to a device")
         self.check(batch)
-        return prepared(batch, [(table, self._part(name)) for name, table in self.managed.items()], step=step)
+        return prepared(batch, [(table, self._parts[name]) for name, table in self.managed.items()], step=step)
 
     def finish_step(self, step: int) -> None:
         """End training step number `step`: managed tables age, and may give up rows."""
@@ -155,15 +154,15 @@ class EmbeddingCollection(nn.Module):
         managed = sum(table.num_rows(group) * dim for table in self.managed.values() for group, dim in table.dims.items())
         return managed + sum(group.storage.numel() for _, group in self.named_groups())
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, *, check: bool = True) -> dict[str, Tensor]:
         """A tower's inputs: "dense" (B, Fd); per group "<group>" (B, Fs, D) and "<group>.seq.<name>" (B, L, D); "mask.<name>" (B, L).
 
         Request features come first, then item features; pooled fields are in the order of `pooled_keys`. In a rank call the
         request side is looked up once per request and repeated per candidate afterwards. Ids are checked where they lie on
-        the host; call `check` before moving a batch elsewhere. A batch that was not prepared for training reads managed tables as they
-        are. Raises DataError.
+        the host; call `check` before moving a batch elsewhere, or give `check=False` for what a Transform of the same spec made. A batch
+        that was not prepared for training reads managed tables as they are. Raises DataError.
         """
-        batch = self._checked(batch)
+        batch = self._checked(batch, check)
         dense_request, dense_item = batch.request.dense_RF, batch.item.dense_RF
         if batch.user_row_B is not None:
             dense_request = dense_request.index_select(0, batch.user_row_B)
@@ -178,13 +177,13 @@ class EmbeddingCollection(nn.Module):
             inputs[name] = _in_order(fields, self.keys, batch.num_rows, dim)
         return inputs | {f"mask.{key}": mask for _, _, index in indices for key, mask in index.masks().items()}
 
-    def sides(self, batch: Batch) -> dict[str, Tensor]:
+    def sides(self, batch: Batch, *, check: bool = True) -> dict[str, Tensor]:
         """The same inputs with the sides apart, for graphs that compute the request side once; `towers.sides` joins them again.
 
         "dense.request" (U, Fu), "dense.item" (B, Fi); per group "<group>.request" (U, Fu, D), "<group>.item" (B, Fi, D) and
-        "<group>.seq.<name>"; "mask.<name>", with the rows of their own side; "user_row" int64 (B,).
+        "<group>.seq.<name>"; "mask.<name>", with the rows of their own side; "user_row" int64 (B,). check: as in `forward`.
         """
-        batch = self._checked(batch)
+        batch = self._checked(batch, check)
         row_B = batch.user_row_B
         user_row_B = torch.arange(batch.num_rows, device=batch.item.dense_RF.device) if row_B is None else row_B
         inputs = {"dense.request": batch.request.dense_RF, "dense.item": batch.item.dense_RF, "user_row": user_row_B}
@@ -193,23 +192,23 @@ class EmbeddingCollection(nn.Module):
             request, item = [], []
             for own, part, index in indices:
                 of_request, of_item, sequences = index.assemble_apart(self._rows(own, name))
-                request.append((tuple(key for key in part.keys if key in self._request_keys), of_request))
-                item.append((tuple(key for key in part.keys if key not in self._request_keys), of_item))
+                request.append((part.request_keys, of_request))
+                item.append((part.item_keys, of_item))
                 inputs.update({f"{name}.seq.{key}": rows_RLD for key, rows_RLD in sequences.items()})
             inputs[f"{name}.request"] = _in_order(request, self.keys, batch.request.num_rows, dim)
             inputs[f"{name}.item"] = _in_order(item, self.keys, batch.num_rows, dim)
         return inputs | {f"mask.{key}": mask for _, _, index in indices for key, mask in index.masks().items()}
 
-    def _checked(self, batch: Batch) -> Batch:
+    def _checked(self, batch: Batch, check: bool) -> Batch:
         batch = self.prepare(batch)
-        if batch.item.dense_RF.device.type == "cpu":
+        if check and batch.item.dense_RF.device.type == "cpu":
             self.check(batch)
         return batch
 
     def _indices(self, batch: Batch, *, apart: bool) -> list[tuple[str | None, Part, BatchIndex]]:
         """Every part with its index of the batch; None names the part of the static tables."""
         parts: list[tuple[str | None, Part]] = [(None, self.static)] if self.layout.names else []
-        parts += [(name, self._part(name)) for name in self.managed]
+        parts += [(name, self._parts[name]) for name in self.managed]
         longest = self.config.sequence_length == "max"
         return [
             (name, part, BatchIndex(part.request, part.item, part.select(batch), pad_to_max=longest, apart=apart)) for name, part in parts
@@ -233,15 +232,10 @@ class EmbeddingCollection(nn.Module):
             for keys, ids in zip(self._expected[side], (block.single, block.bags, block.sequences), strict=True):
                 if ids.keys != keys:
                     raise DataError(f"batch holds the features {list(ids.keys)}, this model takes {list(keys)} here")
-        for part in (self.static, *(self._part(name) for name in self.managed)):
+        for part in (self.static, *(self._parts[name] for name in self.managed)):
             own = part.select(batch)
             part.request.check(own.request, ids=part is self.static)
             part.item.check(own.item, ids=part is self.static)
-
-    def _part(self, name: str) -> Part:
-        part = self.parts[name]
-        assert isinstance(part, Part)
-        return part
 
     def _group(self, name: str) -> TableGroup:
         group = self.groups[name]

@@ -40,11 +40,12 @@ class BatchIndex:
         self._is_joint = batch.user_row_B is None and not apart
         self._single = [torch.cat(single)] if self._is_joint else single
         self._bags = [side.bags.jagged(block.bags) for side, block in self._sides]
-        self._offsets = [block.bags.offsets() for _, block in self._sides]
-        sequences = [side.sequences.jagged(block.sequences) for side, block in self._sides]
-        self._sizes = [part.numel() for part in sequences]
-        self._sequences = torch.cat(sequences)
+        self._offsets = [block.bags.offsets() if side.bags.keys else None for side, block in self._sides]
         self._paddings = [_padding(side, block, pad_to_max) for side, block in self._sides]
+        if any(self._paddings):
+            sequences = [side.sequences.jagged(block.sequences) for side, block in self._sides]
+            self._sizes = [part.numel() for part in sequences]
+            self._sequences = torch.cat(sequences)
 
     def assemble(self, storage: Rows) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Looked up in `storage`: pooled fields (B, Fs, D), None without any; rows of each sequence (B, L, D), zero beyond its end."""
@@ -57,6 +58,8 @@ class BatchIndex:
 
     def masks(self) -> dict[str, Tensor]:
         """Which places (B, L) of each sequence hold an id."""
+        if not any(self._paddings):
+            return {}
         request, item = (
             dict(zip(side.sequences.keys, padding.masks if padding else (), strict=True))
             for (side, _), padding in zip(self._sides, self._paddings, strict=True)
@@ -67,7 +70,7 @@ class BatchIndex:
         """Pooled fields of both sides; those of both in the first where they are one lookup."""
         single = [storage.pool(row_FR.reshape(-1), None, len(row_FR)) if len(row_FR) else None for row_FR in self._single]
         bags = [
-            storage.pool(row_N, offsets, len(side.bags.keys), side.mean_bags()) if side.bags.keys else None
+            storage.pool(row_N, offsets, len(side.bags.keys), side.mean_bags(row_N.device)) if side.bags.keys else None
             for (side, _), row_N, offsets in zip(self._sides, self._bags, self._offsets, strict=True)
         ]
         if self._is_joint and single[0] is not None and (bags[0] is not None or bags[1] is not None):
@@ -75,7 +78,7 @@ class BatchIndex:
         return _joined([single[0], bags[0]]), _joined([*single[1:], bags[1]])
 
     def _histories(self, storage: Rows) -> dict[str, Tensor]:
-        if not any(padding for padding in self._paddings):
+        if not any(self._paddings):
             return {}
         parts = torch.split_with_sizes(storage.rows(self._sequences), self._sizes)
         request, item = (

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ninerank.embedding.managed import ManagedTable
 from ninerank.embedding.pooling import pool_rows
@@ -26,21 +26,25 @@ def pooled_keys(spec: FeatureSpec) -> tuple[str, ...]:
     return tuple(key for side in SIDES for key in (*spec.single_keys(side), *spec.bag_keys(side)))
 
 
-class Part(nn.Module):
+class Part:
     """Which features look into the tables of one layout, and where their rows lie.
 
-    keys: names of its pooled fields, in the order of `pooled_keys`.
+    keys: names of its pooled fields, in the order of `pooled_keys`; request_keys, item_keys: those of one side.
     """
 
     def __init__(self, spec: FeatureSpec, layout: TableLayout) -> None:
-        super().__init__()
         table_of = {feature: name for name in layout.names for feature in spec.tables[name].features}
         self.layout = layout
         self.keys = tuple(key for key in pooled_keys(spec) if key in table_of)
+        self.request_keys = tuple(key for key in self.keys if spec.side(key) == "request")
+        self.item_keys = self.keys[len(self.request_keys) :]
         self.request, self.item = (_side(spec, side, layout, table_of) for side in SIDES)
+        self.is_whole = set(layout.names) == set(spec.tables)
 
     def select(self, batch: Batch) -> Batch:
         """The batch with this part's features alone."""
+        if self.is_whole:
+            return batch
         request, item = (
             replace(
                 block,

@@ -6,7 +6,7 @@ Shape legend: R rows of a block, F features of one kind on one side, N ids, M ba
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ninerank.embedding.table import TableLayout
 from ninerank.errors import DataError
@@ -20,33 +20,46 @@ def lengths_of(ids: KeyedJagged) -> Tensor:
     return torch.ones_like(ids.values) if ids.lengths is None else ids.lengths
 
 
-class KeyRows(nn.Module):
+class Constants:
+    """Numbers of the features, on whatever device a batch lies: not a module, since a request cannot afford its attribute lookups."""
+
+    def __init__(self, values: Sequence[int], dtype: torch.dtype) -> None:
+        self._values, self._dtype = values, dtype
+        self._on: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """The numbers on `device`."""
+        tensor = self._on.get(device)
+        if tensor is None:
+            tensor = torch.tensor(self._values, dtype=self._dtype, device=device)
+            if type(tensor) is Tensor:  # a fake tensor belongs to its trace alone
+                self._on[device] = tensor
+        return tensor
+
+
+class KeyRows:
     """Row offset and size of the table behind each feature of one kind on one side."""
 
-    offset_F: Tensor
-    size_F: Tensor
-
     def __init__(self, layout: TableLayout, tables: Mapping[str, str]) -> None:
-        super().__init__()
         self.keys = tuple(tables)
         self.tables = tuple(tables.values())
         slices = [layout.rows_of(table) for table in self.tables]
-        self.register_buffer("offset_F", torch.tensor([s.start for s in slices], dtype=torch.int64), persistent=False)
-        self.register_buffer("size_F", torch.tensor([s.stop - s.start for s in slices], dtype=torch.int64), persistent=False)
+        self.offset_F = Constants([s.start for s in slices], torch.int64)
+        self.size_F = Constants([s.stop - s.start for s in slices], torch.int64)
 
     def single(self, ids: KeyedJagged) -> Tensor:
         """Storage rows (F, R) of features with exactly one id a row."""
-        return ids.values.view(len(self.keys), ids.num_rows) + self.offset_F[:, None]
+        return ids.values.view(len(self.keys), ids.num_rows) + self.offset_F.on(ids.values.device)[:, None]
 
     def jagged(self, ids: KeyedJagged) -> Tensor:
         """Storage rows (N,) of features with any number of ids a row."""
-        return ids.values + _per_id(self.offset_F, ids)
+        return ids.values + _per_id(self.offset_F.on(ids.values.device), ids) if self.keys else ids.values
 
     def check(self, ids: KeyedJagged) -> None:
         """Raise DataError for an id outside its table. Call it where the ids lie on the host."""
         if ids.values.numel() == 0:
             return
-        size_F = self.size_F.to(ids.values.device)
+        size_F = self.size_F.on(ids.values.device)
         if ids.lengths is None:
             low_F, high_F = ids.values.view(len(self.keys), ids.num_rows).aminmax(dim=1)
             is_wrong = bool(((low_F < 0) | (high_F >= size_F)).any())
@@ -65,10 +78,8 @@ class KeyRows(nn.Module):
         )
 
 
-class SideRows(nn.Module):
+class SideRows:
     """The features of one side: single ids, bags with their pooling, sequences with their greatest length."""
-
-    is_mean_F: Tensor
 
     def __init__(
         self,
@@ -80,13 +91,12 @@ class SideRows(nn.Module):
         mean_bags: Sequence[str] = (),
         max_lengths: Mapping[str, int] | None = None,
     ) -> None:
-        super().__init__()
         self.single = KeyRows(layout, single)
         self.bags = KeyRows(layout, bags)
         self.sequences = KeyRows(layout, sequences)
         self.max_lengths = tuple((max_lengths or {})[key] for key in sequences)
         self.has_mean = bool(mean_bags)
-        self.register_buffer("is_mean_F", torch.tensor([key in mean_bags for key in bags], dtype=torch.bool), persistent=False)
+        self._is_mean_F = Constants([key in mean_bags for key in bags], torch.bool)
 
     def check(self, block: Block, *, ids: bool = True) -> None:
         """Raise DataError for histories, and with `ids` for ids, that do not fit this side. Call it where the block lies on the host."""
@@ -105,9 +115,9 @@ class SideRows(nn.Module):
         longest: list[int] = lengths_of(block.sequences).view(len(self.max_lengths), block.num_rows).amax(1).tolist()
         return longest
 
-    def mean_bags(self) -> Tensor | None:
+    def mean_bags(self, device: torch.device) -> Tensor | None:
         """Which bags (F,) are pooled by mean; None where all are summed."""
-        return self.is_mean_F if self.has_mean else None
+        return self._is_mean_F.on(device) if self.has_mean else None
 
 
 def _per_id(value_F: Tensor, ids: KeyedJagged) -> Tensor:
