@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def run(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Run directory to make, or to go on with.")],
     recipe: Annotated[
         Path | None, typer.Argument(help="Recipe: YAML, JSON, or a Python file that defines recipe(). With --resume: the run's own.")
     ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Run directory to make, or to go on with.")] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe, e.g. schedule.epochs=3.")
     ] = None,
@@ -25,42 +25,65 @@ def run(
     resume_from: Annotated[str | None, typer.Option(metavar="STEP", help="Go on from this checkpoint in --out, e.g. step-400.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that --out holds.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print metrics.json instead of a table.")] = False,
+    plan: Annotated[
+        int | None, typer.Option("--plan", metavar="PROCESSES", min=1, help="Only print how tables would lie over that many processes.")
+    ] = None,
 ) -> None:
     """Train a recipe: checkpoints, history, metrics and the best weights go into --out.
 
-    Ctrl-C saves a checkpoint and exits with code 130.
+    Ctrl-C saves a checkpoint and exits with code 130. Several processes: torchrun --nproc-per-node 2 -m ninerank train ...
     """
     from rich.console import Console
 
+    from ninerank.device import Device
     from ninerank.training.interrupt import TrainingInterrupted
+    from ninerank.training.processes import Processes
     from ninerank.training.trainer import Trainer
 
+    if plan is not None:
+        _show_plan(_recipe(recipe, out, overrides or [], resume=False), plan)
+        return
+    if out is None:
+        raise SpecError("no run directory: say where the run goes with --out")
     if overwrite and (resume or resume_from):
         raise SpecError("--overwrite and --resume exclude each other")
     chosen = _recipe(recipe, out, overrides or [], resume=resume or resume_from is not None)
-    trainer = Trainer(chosen, out, resume=resume_from or resume, overwrite=overwrite, console=Console(stderr=True))
-    try:
-        metrics = trainer.fit()
-    except TrainingInterrupted as stop:
-        print(f"{stop}\ngo on with: ninerank train --resume --out {out}", file=sys.stderr)
-        raise SystemExit(130) from None
+    with Processes.joined(Device.resolve(chosen.device), chosen.sharding.timeout_s) as processes:
+        console = Console(stderr=True) if processes.is_first else None
+        try:
+            trainer = Trainer(chosen, out, resume=resume_from or resume, overwrite=overwrite, console=console, processes=processes)
+            metrics = trainer.fit()
+        except TrainingInterrupted as stop:
+            if processes.is_first:
+                print(f"{stop}\ngo on with: ninerank train --resume --out {out}", file=sys.stderr)
+            raise SystemExit(130) from None
+    if not processes.is_first:
+        return
     if as_json:
         print(json.dumps(metrics, indent=1))
     else:
         _show(metrics, out)
 
 
-def _recipe(path: Path | None, out: Path, overrides: list[str], *, resume: bool) -> "Recipe":
+def _recipe(path: Path | None, out: Path | None, overrides: list[str], *, resume: bool) -> "Recipe":
     from ninerank.training.recipe import Recipe
     from ninerank.training.run import RunDir
 
     if path is not None:
         return Recipe.load(path, overrides)
-    if not resume:
+    if not resume or out is None:
         raise SpecError(
             "no recipe: give a YAML file, e.g. ninerank train examples/frappe_deepfm.yaml --out RUN; only --resume finds its own"
         )
     return RunDir(out).recipe().override(overrides)
+
+
+def _show_plan(recipe: "Recipe", num_processes: int) -> None:
+    from rich.console import Console
+
+    from ninerank.training.parallel import plan_for
+
+    Console(highlight=False).print(plan_for(recipe, num_processes).table())
 
 
 def _show(metrics: dict[str, Any], out: Path) -> None:

@@ -18,6 +18,7 @@ from ninerank.embedding.index import BatchIndex, Rows
 from ninerank.embedding.managed import ManagedTable
 from ninerank.embedding.part import SIDES, ManagedRows, Part, pooled_keys, prepared
 from ninerank.embedding.quantize import QuantizedGroup, QuantizedTable
+from ninerank.embedding.shard import Shard
 from ninerank.embedding.table import TableGroup, TableLayout
 from ninerank.errors import CheckpointError, DataError, SpecError, nearest
 from ninerank.features.batch import Batch, Block
@@ -244,6 +245,11 @@ class EmbeddingCollection(nn.Module):
 
     def named_groups(self) -> list[tuple[str, TableGroup]]:
         return [(name, group) for name, group in self.groups.items() if isinstance(group, TableGroup)]
+
+    def static_state(self, *, reading: bool = False) -> dict[str, Tensor | Shard]:
+        """Values of all static tables under `groups.<group>.<table>`, for a checkpoint, or to be filled from one (`reading`)."""
+        state: dict[str, Tensor | Shard] = self.groups.state_dict(prefix="groups.")
+        return state
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -7,7 +7,7 @@ Shape legend: V rows of a group, K touched rows, T tables, D embedding dim.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import Field, model_validator
@@ -172,7 +172,17 @@ def sparse_optimizer(collection: EmbeddingCollection, config: SparseOptimizerCon
     return SparseOptimizer(collection, config)
 
 
-def clip_grad_norm_(parameters: Iterable[nn.Parameter], sparse: SparseOptimizer | None, max_norm: float) -> Tensor:
+class TableGradients(Protocol):
+    """Gradients of tables that wait for their optimizer's step."""
+
+    def grad_norm(self) -> Tensor:
+        """L2 norm of all, a scalar."""
+
+    def scale_grad_(self, factor: Tensor) -> None:
+        """Multiply all."""
+
+
+def clip_grad_norm_(parameters: Iterable[nn.Parameter], sparse: TableGradients | None, max_norm: float) -> Tensor:
     """Scale dense and sparse gradients together so that their joint L2 norm is at most `max_norm`; returns the norm before."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ninerank.embedding.collection import EmbeddingCollection, pooled_keys
+from ninerank.embedding.shard import Shard
 from ninerank.features.batch import Batch
 from ninerank.features.spec import FeatureSpec, SequenceFeature
 
@@ -52,11 +53,13 @@ class RankingModel(nn.Module):
         """Numbers that are learned, those of managed tables as they are now."""
         return sum(parameter.numel() for parameter in self.tower.parameters()) + self.embedding.num_values
 
-    def static_state(self) -> dict[str, Tensor]:
-        """`state_dict` without managed tables, whose `state` is by id and of any length."""
-        tower: dict[str, Tensor] = self.tower.state_dict(prefix="tower.")
-        groups: dict[str, Tensor] = self.embedding.groups.state_dict(prefix="embedding.groups.")
-        return tower | groups
+    def static_state(self, *, reading: bool = False) -> dict[str, Tensor | Shard]:
+        """`state_dict` without managed tables, whose `state` is by id and of any length; of sharded tables this process's blocks.
+
+        reading: to be filled in place, so that every process names whatever it holds.
+        """
+        tower: dict[str, Tensor | Shard] = self.tower.state_dict(prefix="tower.")
+        return tower | {f"embedding.{key}": value for key, value in self.embedding.static_state(reading=reading).items()}
 
     def forward(self, batch: Batch) -> Tensor:
         logits_BT: Tensor = self.tower(self.embedding(batch))

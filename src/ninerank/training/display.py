@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typing_extensions import Self
 
@@ -50,6 +50,7 @@ class Display:
     """Bars on `console` if it is a terminal; without one, lines in the log `ninerank.training`."""
 
     def __init__(self, console: Console | None) -> None:
+        self._console = console
         self._bars: Progress | None = None
         if console is not None and console.is_terminal:
             columns = (
@@ -69,6 +70,11 @@ class Display:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bars is not None:
             self._bars.stop()
+
+    def print(self, what: RenderableType) -> None:
+        """Print on the console, if there is one, above the bars."""
+        if self._console is not None:
+            self._console.print(what)
 
     @contextmanager
     def stage(self, label: str, total: int | None) -> Iterator[Stage]:

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from ninerank.config import Config
 from ninerank.embedding.collection import EmbeddingCollection
-from ninerank.embedding.optimizer import SparseOptimizerConfig, clip_grad_norm_, sparse_optimizer
+from ninerank.embedding.optimizer import SparseOptimizer, SparseOptimizerConfig, clip_grad_norm_, sparse_optimizer
+from ninerank.embedding.sharding.collection import ShardedEmbeddingCollection
+from ninerank.embedding.sharding.optimizer import ShardedOptimizer
 from ninerank.errors import CheckpointError
 from ninerank.training.schedule import LrConfig, learning_rate
 
@@ -48,7 +50,11 @@ class ModelOptimizer:
         tables = [p for p in embedding.parameters() if p.requires_grad]
         self.parameters = [*decayed, *tables]
         self.dense = _dense(config, decayed, tables) if self.parameters else None
-        self.sparse = sparse_optimizer(embedding, config.sparse) if embedding.config.mode == "sparse" else None
+        self.sparse: SparseOptimizer | ShardedOptimizer | None = None
+        if isinstance(embedding, ShardedEmbeddingCollection):
+            self.sparse = ShardedOptimizer(embedding, config.sparse)
+        elif embedding.config.mode == "sparse":
+            self.sparse = sparse_optimizer(embedding, config.sparse)
 
     def zero_grad(self) -> None:
         if self.dense is not None:
@@ -81,15 +87,20 @@ class ModelOptimizer:
         if self.sparse is not None:
             self.sparse.step()
 
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "kind": self.config.kind,
-            "dense": None if self.dense is None else self.dense.state_dict(),
-            "sparse": None if self.sparse is None else self.sparse.state_dict(),
-        }
+    def state_dict(self, *, reading: bool = False) -> dict[str, Any]:
+        """State of both; of sharded tables this process's blocks, all that it holds when they are to be filled in place (`reading`)."""
+        sparse: dict[str, Any] | None = None
+        if isinstance(self.sparse, ShardedOptimizer):
+            sparse = dict(self.sparse.state_dict(reading=reading))
+        elif self.sparse is not None:
+            sparse = dict(self.sparse.state_dict())
+        return {"kind": self.config.kind, "dense": None if self.dense is None else self.dense.state_dict(), "sparse": sparse}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take what `state_dict` gave; raises CheckpointError for the state of another optimizer."""
+        """Take what `state_dict` gave, without the blocks of sharded tables, which are filled in place.
+
+        Raises CheckpointError for the state of another optimizer.
+        """
         same = state["kind"] == self.config.kind
         if not same or (state["dense"] is None) != (self.dense is None) or (state["sparse"] is None) != (self.sparse is None):
             raise CheckpointError(
@@ -100,7 +111,7 @@ class ModelOptimizer:
                 self.dense.load_state_dict(state["dense"])
             except (ValueError, KeyError) as error:
                 raise CheckpointError(f"optimizer state does not fit the model: {error}") from None
-        if self.sparse is not None:
+        if isinstance(self.sparse, SparseOptimizer):
             self.sparse.load_state_dict(state["sparse"])
 
 

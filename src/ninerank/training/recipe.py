@@ -18,6 +18,7 @@ from typing_extensions import Self
 
 from ninerank.config import Config, read_mapping
 from ninerank.embedding.collection import EmbeddingConfig
+from ninerank.embedding.sharding.config import ShardingConfig
 from ninerank.errors import SpecError
 from ninerank.features.spec import FeatureSpec
 from ninerank.towers.config import ModelConfig
@@ -91,14 +92,15 @@ class LogConfig(Config):
 class Recipe(Config):
     """Everything that decides what a training run computes, and where.
 
-    spec: inline, or in a file the path of a spec: relative to the recipe, else to `data.dir`. precision: `bf16` runs the forward in
-    autocast. seed: start values, order of rows and dropout.
+    spec: inline, or in a file the path of a spec: relative to the recipe, else to `data.dir`. sharding: where tables lie when several
+    processes train. precision: `bf16` runs the forward in autocast. seed: start values, order of rows and dropout.
     """
 
     data: DataConfig
     spec: FeatureSpec
     model: ModelConfig
     embedding: EmbeddingConfig = EmbeddingConfig()
+    sharding: ShardingConfig = ShardingConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     loss: LossConfig = LossConfig()

@@ -38,6 +38,7 @@ FREE_TO_CHANGE = (
     "checkpoint",
     "log",
     "device",
+    "sharding",
     "data.dir",
     "data.prefetch",
     "data.test",

@@ -5,6 +5,7 @@ Shape legend: B rows, T tasks.
 
 import math
 from collections.abc import Callable, Iterable
+from functools import reduce
 from typing import Any
 
 import torch
@@ -13,8 +14,11 @@ from ninerank.errors import DataError, SpecError
 from ninerank.features.batch import Batch
 from ninerank.metrics import AUC, GAUC, PCOC, LogLoss
 from ninerank.towers.model import RankingModel
+from ninerank.training.processes import Processes
 
 __all__ = ["Scores", "measure"]
+
+ALONE = Processes()
 
 
 class Scores:
@@ -33,17 +37,27 @@ class Scores:
         """Add rows; `batch` carries labels, and weights and groups if the spec has them."""
         if batch.label_BT is None:
             raise DataError(f"a batch of {batch.num_rows} rows has no labels, so it cannot be evaluated")
-        label_BT = batch.label_BT.cpu().numpy()
-        score = score_BT.detach().double().cpu().numpy()
-        weight = None if batch.weight_B is None else batch.weight_B.cpu().numpy()
-        self.num_rows += batch.num_rows
+        rows = batch.num_real_rows
+        label_BT = batch.label_BT[:rows].cpu().numpy()
+        score = score_BT[:rows].detach().double().cpu().numpy()
+        weight = None if batch.weight_B is None else batch.weight_B[:rows].cpu().numpy()
+        self.num_rows += rows
         for task, metrics in enumerate(self._metrics):
             self.positives[task] += float(label_BT[:, task].sum())
             for name, metric in metrics.items():
                 if name != "gauc":
                     metric.update(label_BT[:, task], score[:, task], weight)
                 elif batch.group_B is not None:
-                    metric.update(label_BT[:, task], score[:, task], weight, batch.group_B.cpu().numpy())
+                    metric.update(label_BT[:, task], score[:, task], weight, batch.group_B[:rows].cpu().numpy())
+
+    def merge(self, other: "Scores") -> "Scores":
+        """Take the rows of another process too."""
+        self.num_rows += other.num_rows
+        self.positives = [own + theirs for own, theirs in zip(self.positives, other.positives, strict=True)]
+        for own_metrics, their_metrics in zip(self._metrics, other._metrics, strict=True):
+            for name, metric in own_metrics.items():
+                metric.merge(their_metrics[name])
+        return self
 
     def value(self) -> dict[str, float | None]:
         """Metrics by name; with several tasks `<label>.<name>` beside the mean over tasks under `<name>`. Undefined is None."""
@@ -66,9 +80,10 @@ def measure(
     labels: tuple[str, ...],
     *,
     device: torch.device,
+    processes: Processes = ALONE,
     on_rows: Callable[[int], None] = lambda _: None,
 ) -> dict[str, float | None]:
-    """Metrics of `model`, in evaluation mode and float32, over `batches`; the mode is put back afterwards."""
+    """Metrics of `model`, in evaluation mode and float32, over the `batches` of all processes; the mode is put back afterwards."""
     was_training = model.training
     model.eval()
     scores: Scores | None = None
@@ -86,7 +101,8 @@ def measure(
         model.train(was_training)
     if scores is None:
         raise DataError("there are no rows to evaluate on")
-    return scores.value()
+    everyone = processes.gather(scores)
+    return processes.from_first(reduce(Scores.merge, everyone).value() if everyone else {})
 
 
 def _number(value: float) -> float | None:

@@ -5,28 +5,34 @@ Shape legend: B rows, T tasks.
 
 import logging
 import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from ninerank.device import Device
+from ninerank.embedding.shard import Shard
+from ninerank.embedding.sharding.collection import ShardedEmbeddingCollection
 from ninerank.errors import CheckpointError, DeviceError, SpecError
 from ninerank.features.batch import Batch
 from ninerank.features.spec import FeatureSpec
-from ninerank.towers.registry import build_model
 from ninerank.training.checkpoint import BestWeights, ById, Checkpoint, CheckpointStore, PerProcess, load_weights
+from ninerank.training.checkpoint.peers import Peers
 from ninerank.training.checkpoint.tree import Tree
 from ninerank.training.display import Display, Stage
 from ninerank.training.history import History
 from ninerank.training.interrupt import Interrupts, TrainingInterrupted
 from ninerank.training.loss import binary_cross_entropy, check_task_weights
 from ninerank.training.optimizer import ModelOptimizer
+from ninerank.training.parallel import agree_on_buffers, build_for, tower_averaged
 from ninerank.training.pipeline import Split, fit_spec
 from ninerank.training.prefetch import Prefetch
+from ninerank.training.processes import Processes
 from ninerank.training.recipe import Recipe
 from ninerank.training.run import RunDir
 from ninerank.training.schedule import EarlyStopping, is_gain
@@ -39,6 +45,8 @@ __all__ = ["Progress", "Trainer"]
 log = logging.getLogger(__name__)
 
 SplitName = Literal["train", "valid", "test"]
+ALONE = Processes()
+T = TypeVar("T")
 METRICS_SHOWN = ("auc", "gauc", "logloss")
 
 
@@ -65,7 +73,8 @@ class Trainer:
     """Trains one recipe into one run directory.
 
     resume: True goes on from the newest checkpoint, a name such as `step-40` from that one. overwrite: replace a run that is there.
-    console: where bars are drawn if it is a terminal. Raises SpecError, DataError, CheckpointError or DeviceError.
+    console: where bars are drawn if it is a terminal. processes: those of the run, each with a trainer that is called alike; the first
+    one writes the directory. Raises SpecError, DataError, CheckpointError or DeviceError.
     """
 
     def __init__(
@@ -76,8 +85,7 @@ class Trainer:
         resume: bool | str = False,
         overwrite: bool = False,
         console: Console | None = None,
-        rank: int = 0,
-        world_size: int = 1,
+        processes: Processes = ALONE,
     ) -> None:
         self.device = Device.resolve(recipe.device)
         if recipe.precision == "bf16" and self.device.autocast_dtype is None:
@@ -86,7 +94,8 @@ class Trainer:
         self.display = Display(console)
         self.progress = Progress()
         self.run = RunDir(Path(out_dir))
-        self._rank, self._world_size = rank, world_size
+        self.processes = processes
+        self._is_stop_asked = False
         self._task_weights = check_task_weights(recipe.loss, recipe.spec.labels)
         self._interrupts = Interrupts()
         self._grad_norm: Tensor | None = None
@@ -96,10 +105,8 @@ class Trainer:
         early = recipe.schedule.early_stopping
         if early is not None and early.metric == "gauc" and recipe.spec.group is None:
             raise SpecError("schedule.early_stopping.metric: 'gauc' needs a `group` column in the spec; it names none")
-        if resume:
-            self.run.reopen(self.recipe)
-        else:
-            self.run.create(self.recipe, overwrite=overwrite)
+        self._peers = Peers()
+        self._on_first(lambda: self.run.reopen(self.recipe) if resume else self.run.create(self.recipe, overwrite=overwrite))
         with self.display:
             self._prepare(resume)
 
@@ -112,7 +119,7 @@ class Trainer:
         keep = self.progress.step
         with (
             self.display,
-            History(self.run.path, tensorboard=self.recipe.log.tensorboard, keep_to_step=keep) as self._history,
+            self._open_history(keep) as self._history,
             self._interrupts.caught(),
             self.store,
         ):
@@ -130,9 +137,12 @@ class Trainer:
             schedule.lr, step=self.progress.step, total_steps=self._total_steps, reductions=self.progress.reductions
         )
         with self.device.autocast(self.recipe.precision == "bf16"):
-            logits_BT = self.model(batch)
-        loss = binary_cross_entropy(logits_BT, batch.label_BT, batch.weight_B, self._task_weights)
-        total = loss + collection.l2_penalty() if collection.config.l2 else loss
+            logits_BT = self._forward(batch)
+        loss = self._share_of_loss(logits_BT, batch)
+        # Gradients are averaged over the processes, whose losses are shares of one.
+        total = loss * self.processes.world_size
+        if collection.config.l2:
+            total = total + collection.l2_penalty()
         self.optimizer.zero_grad()
         total.backward()  # type: ignore[no-untyped-call]
         if schedule.clip_norm is not None:
@@ -140,6 +150,20 @@ class Trainer:
         self.optimizer.step()
         collection.finish_step(self.progress.step)
         return loss.detach(), logits_BT.detach()
+
+    def _share_of_loss(self, logits_BT: Tensor, batch: Batch) -> Tensor:
+        """This process's part of the loss over the rows of all: the parts add up to the weighted mean. Padding counts for nothing."""
+        assert batch.label_BT is not None
+        if self.processes.world_size == 1:
+            return binary_cross_entropy(logits_BT, batch.label_BT, batch.weight_B, self._task_weights)
+        rows = batch.num_real_rows
+        own = float(rows if batch.weight_B is None else batch.weight_B[:rows].sum())
+        whole, asked = self.processes.sum(own, bool(self._interrupts.requested))
+        self._is_stop_asked = asked > 0
+        if not rows or not whole:
+            return logits_BT.sum() * 0.0
+        weight_B = None if batch.weight_B is None else batch.weight_B[:rows]
+        return binary_cross_entropy(logits_BT[:rows], batch.label_BT[:rows], weight_B, self._task_weights) * (own / whole)
 
     def _train_epoch(self) -> None:
         progress, schedule, every = self.progress, self.recipe.schedule, self.recipe.checkpoint.every_steps
@@ -158,14 +182,14 @@ class Trainer:
                 progress.batch += 1
                 progress.step += 1
                 window.add(loss, logits_BT, batch)
-                stage.advance(batch.num_rows)
+                stage.advance(batch.num_real_rows * self.processes.world_size)
                 if progress.step % self.recipe.log.every_steps == 0:
                     window = self._close_window(window, stage)
                 self.store.check()
                 if every is not None and progress.step % every == 0:
                     window = self._close_window(window, stage)
                     self._save()
-                if self._interrupts.requested:
+                if self._interrupts.requested if self.processes.world_size == 1 else self._is_stop_asked:
                     self._close_window(window, stage)
                     self._stop()
             self._close_window(window, stage)
@@ -174,6 +198,7 @@ class Trainer:
         """Write the figures of the steps since the last time; returns an empty window."""
         progress = self.progress
         if window.steps:
+            window = window.together(self.processes)
             seconds = window.seconds
             progress.samples += window.samples
             progress.train_seconds += seconds
@@ -181,7 +206,7 @@ class Trainer:
             row = {"step": progress.step, "epoch": progress.epoch + 1, "samples": progress.samples, "loss": loss, "lr": self._lr}
             norm = None if self._grad_norm is None else float(self._grad_norm)
             tables = self.model.embedding.table_metrics()
-            self._history.write({**row, "grad_norm": norm, "train_auc": train_auc, "samples_per_s": speed, **tables})
+            self._write({**row, "grad_norm": norm, "train_auc": train_auc, "samples_per_s": speed, **tables})
             stage.show(f"{speed:,.0f} samples/s, loss {loss:.4f}" + ("" if train_auc is None else f", AUC {train_auc:.4f}"))
         return Window()
 
@@ -195,18 +220,21 @@ class Trainer:
         if is_gain(early.metric, value, progress.best_value, early.min_delta):
             progress.best_epoch, progress.best_value, progress.best_metrics = progress.epoch, value, metrics
             progress.epochs_without_gain = 0
-            self.best.save(self.model.state_dict(), epoch=progress.epoch)
+            self.best.save(self.model.static_state() if self._is_sharded else self.model.state_dict(), epoch=progress.epoch)
         else:
             progress.epochs_without_gain += 1
             progress.reductions += 1
-        self._history.write({"step": progress.step, "epoch": progress.epoch, **{f"valid_{key}": metrics.get(key) for key in METRICS_SHOWN}})
+        self._write({"step": progress.step, "epoch": progress.epoch, **{f"valid_{key}": metrics.get(key) for key in METRICS_SHOWN}})
         log.info("epoch %d: valid %s%s", progress.epoch, phrase(metrics), " (best so far)" if not progress.epochs_without_gain else "")
         self._save()
 
     def _report(self, seconds: float) -> dict[str, Any]:
         """Test the best epoch's weights and write `metrics.json`."""
         progress = self.progress
-        load_weights(self.model, self.best.load(), str(self.run.best))
+        if self._is_sharded:
+            self.best.open().read({"model": self.model.static_state(reading=True)})
+        else:
+            load_weights(self.model, self.best.load(), str(self.run.best))
         metrics: dict[str, Any] = {"valid": progress.best_metrics}
         if self.recipe.data.test is not None:
             metrics["test"] = self._measure(self._split("test"), "test")
@@ -225,18 +253,39 @@ class Trainer:
                 "spec_digest": self.spec.digest,
             }
         )
-        self.run.write_metrics(metrics)
+        if self.processes.world_size > 1:
+            metrics["processes"] = self.processes.world_size
+        self._on_first(lambda: self.run.write_metrics(metrics))
         return metrics
 
+    def _open_history(self, keep_to_step: int) -> AbstractContextManager[History | None]:
+        if not self.processes.is_first:
+            return nullcontext()
+        return History(self.run.path, tensorboard=self.recipe.log.tensorboard, keep_to_step=keep_to_step)
+
+    def _write(self, row: Mapping[str, float | None]) -> None:
+        if self._history is not None:
+            self._history.write(row)
+
+    def _on_first(self, act: Callable[[], T]) -> T:
+        """What `act` does on the first process alone; its error is raised on all."""
+        return act() if self.processes.world_size == 1 else self._peers.from_first(act)
+
+    @property
+    def _is_sharded(self) -> bool:
+        return isinstance(self.model.embedding, ShardedEmbeddingCollection)
+
     def _measure(self, split: Split, label: str) -> dict[str, float | None]:
+        agree_on_buffers(self.model, self.processes)
         with Prefetch(split.epoch(0), self.recipe.data.prefetch) as batches, self.display.stage(label, split.num_rows) as stage:
 
             def advance(num_rows: int) -> None:
-                stage.advance(num_rows)
-                if self._interrupts.requested:
+                stage.advance(num_rows * self.processes.world_size)
+                if any(self.processes.sum(bool(self._interrupts.requested))):
                     self._stop()
 
-            return measure(self.model, batches, self.spec.labels, device=self.device.torch_device, on_rows=advance)
+            place: dict[str, Any] = {"device": self.device.torch_device, "processes": self.processes}
+            return measure(self.model, batches, self.spec.labels, on_rows=advance, **place)
 
     def _is_finished(self) -> bool:
         schedule, progress = self.recipe.schedule, self.progress
@@ -247,17 +296,24 @@ class Trainer:
 
     def _prepare(self, resume: bool | str) -> None:
         recipe = self.recipe
-        self.spec = self.run.spec() if resume and self.run.spec_path.is_file() else self._fit_spec()
-        self.run.write_versions(self.device)
+        self.spec = self._on_first(lambda: self.run.spec() if resume and self.run.spec_path.is_file() else self._fit_spec())
+        self._on_first(lambda: self.run.write_versions(self.device))
         self.device.activate()
-        torch.manual_seed(recipe.seed)
-        self.model = build_model(recipe.model, self.spec, recipe.embedding, seed=recipe.seed).to(self.device.torch_device)
+        torch.manual_seed(recipe.seed + self.processes.rank)
+        self.model = build_for(recipe, self.spec, self.device, self.processes)
+        self._forward = tower_averaged(self.model, self.device, self.processes)
+        if isinstance(self.model.embedding, ShardedEmbeddingCollection):
+            self.display.print(self.model.embedding.plan.table())
         self.optimizer = ModelOptimizer(self.model.tower, self.model.embedding, recipe.optimizer)
         policy = recipe.checkpoint
         self.store = CheckpointStore(
-            self.run.checkpoints, keep_last=policy.keep_last, spec_digest=self.spec.digest, asynchronous=policy.asynchronous
+            self.run.checkpoints,
+            keep_last=policy.keep_last,
+            spec_digest=self.spec.digest,
+            asynchronous=policy.asynchronous,
+            peers=self._peers,
         )
-        self.best = BestWeights(self.run.best, spec_digest=self.spec.digest)
+        self.best = BestWeights(self.run.best, spec_digest=self.spec.digest, peers=self._peers)
         self.train, self.valid = self._split("train"), self._split("valid")
         self._total_steps = min(recipe.schedule.epochs * self.train.num_batches, recipe.schedule.max_steps or 1 << 62)
         checkpoint = self.store.load(resume if isinstance(resume, str) else None) if resume else None
@@ -279,17 +335,24 @@ class Trainer:
                 embedding=self.model.embedding,
                 training=name == "train",
                 seed=self.recipe.seed,
-                rank=self._rank,
-                world_size=self._world_size,
+                rank=self.processes.rank,
+                world_size=self.processes.world_size,
                 on_rows=stage.advance,
             )
 
+    def _data_state(self) -> dict[str, int | bool]:
+        """What the order of the training rows hangs on."""
+        order = {"num_rows": self.train.num_rows, "in_memory": self.train.in_memory}
+        is_alone = self.train.in_memory or self.processes.world_size == 1
+        return order if is_alone else order | {"processes": self.processes.world_size}
+
     def _save(self) -> Path:
-        optimizer: dict[str, Tensor] = {}
+        agree_on_buffers(self.model, self.processes)
+        optimizer: dict[str, Any] = {}
         state = {
             "progress": asdict(self.progress),
             "optimizer": flatten(self.optimizer.state_dict(), "state", optimizer),
-            "train": {"num_rows": self.train.num_rows, "in_memory": self.train.in_memory},
+            "train": self._data_state(),
         }
         tree: Tree = {
             "model": self.model.static_state(),
@@ -301,22 +364,31 @@ class Trainer:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         where, state = str(checkpoint.directory), checkpoint.state
-        train = {"num_rows": self.train.num_rows, "in_memory": self.train.in_memory}
+        train = self._data_state()
         if state["train"] != train:
             raise CheckpointError(f"{where}: was saved over training data {state['train']}, they are now {train}: their order would differ")
-        checkpoint.read({"model": self.model.static_state()})
-        own: dict[str, Tensor] = {}
-        flatten(self.optimizer.state_dict(), "state", own)
-        self.optimizer.load_state_dict(restore(state["optimizer"], checkpoint.section("optimizer", into=own)))
+        checkpoint.read({"model": self.model.static_state(reading=True)})
+        self.optimizer.load_state_dict(restore(state["optimizer"], self._optimizer_tensors(checkpoint)))
         for name, table in self.model.embedding.managed.items():
             table.load_state(checkpoint.by_id(f"managed.{name}"))
         self.progress = Progress(**state["progress"])
         generators = checkpoint.own("random")
         if generators is None:
-            torch.manual_seed(reseed(self.recipe.seed, self.progress.step, self._rank))
+            torch.manual_seed(reseed(self.recipe.seed, self.progress.step, self.processes.rank))
         else:
             restore_generators(self.device.torch_device, generators)
         log.info("resumed from %s: epoch %d, batch %d", where, self.progress.epoch + 1, self.progress.batch)
+
+    def _optimizer_tensors(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
+        """The optimizer's tensors of a checkpoint, in those it has; of sharded tables each process reads its own blocks."""
+        own: dict[str, Any] = {}
+        flatten(self.optimizer.state_dict(reading=True), "state", own)
+        shards = {name: value for name, value in own.items() if isinstance(value, Shard)}
+        if not shards:
+            return checkpoint.section("optimizer", into=own)
+        dense = {f"state.dense.{name}": value for name, value in checkpoint.section("optimizer.state.dense").items()}
+        checkpoint.read({"optimizer": {**dense, **shards}})
+        return dense | {name: shard.tensor for name, shard in shards.items()}
 
     def _stop(self) -> NoReturn:
         # Between epochs everything is saved already, and during the test the model holds the best weights, not the last ones.

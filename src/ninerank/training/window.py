@@ -14,6 +14,7 @@ from torch import Tensor
 from ninerank.errors import SpecError
 from ninerank.features.batch import Batch
 from ninerank.metrics import auc
+from ninerank.training.processes import Processes
 
 __all__ = ["Window"]
 
@@ -35,13 +36,29 @@ class Window:
     def add(self, loss: Tensor, logits_BT: Tensor, batch: Batch) -> None:
         """One step's loss and logits; the AUC is of the first task and of the last `AUC_ROWS` rows."""
         assert batch.label_BT is not None
+        rows = batch.num_real_rows
         self.steps += 1
-        self.samples += batch.num_rows
+        self.samples += rows
         self._loss = loss if self._loss is None else self._loss + loss
-        self._recent.append((batch.label_BT[:, 0], logits_BT[:, 0]))
-        self._recent_rows += batch.num_rows
+        self._recent.append((batch.label_BT[:rows, 0], logits_BT[:rows, 0]))
+        self._recent_rows += rows
         while self._recent_rows - len(self._recent[0][0]) >= AUC_ROWS:
             self._recent_rows -= len(self._recent.popleft()[0])
+
+    def together(self, processes: Processes) -> "Window":
+        """The same steps of all processes: losses, of which each gave its share, added up; rows, for the AUC, in the first one alone."""
+        if processes.world_size == 1 or self._loss is None:
+            return self
+        whole = Window()
+        whole.steps, whole._started_s, whole._paused_s = self.steps, self._started_s, self._paused_s
+        loss, samples = processes.sum(float(self._loss), self.samples)
+        whole._loss, whole.samples = torch.tensor(loss, dtype=torch.float64), int(samples)
+        whole._recent.extend((torch.from_numpy(label), torch.from_numpy(score)) for label, score in processes.gather(self._rows()))
+        return whole
+
+    def _rows(self) -> tuple[np.ndarray, np.ndarray]:
+        label_B = torch.cat([label for label, _ in self._recent]).cpu().numpy()
+        return label_B, torch.cat([logit for _, logit in self._recent]).float().cpu().numpy()
 
     def exclude(self, seconds: float) -> None:
         """Time that was not spent on training."""
@@ -62,8 +79,9 @@ class Window:
         return mean
 
     def auc(self) -> float | None:
-        """AUC of recent rows, scored while they were trained on; None where they are all of one class."""
-        label_B = torch.cat([label for label, _ in self._recent]).cpu().numpy()
-        score_B = torch.cat([logit for _, logit in self._recent]).float().cpu().numpy()
+        """AUC of recent rows, scored while they were trained on; None where they are all of one class, or another process has them."""
+        if not self._recent:
+            return None
+        label_B, score_B = self._rows()
         value = auc(label_B, score_B.astype(np.float64))
         return value if math.isfinite(value) else None

@@ -142,6 +142,10 @@ class ShardedEmbeddingCollection(EmbeddingCollection):
                     found[f"groups.{held.key}"] = storage.shard(place, storage.weight)
         return found
 
+    def static_state(self, *, reading: bool = False) -> dict[str, Tensor | Shard]:
+        """`shards`."""
+        return {**self.shards(reading=reading)}
+
     @property
     def num_values(self) -> int:
         """Values of all tables of all processes, copies counted once."""
