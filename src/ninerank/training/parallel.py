@@ -88,11 +88,11 @@ def tower_averaged(model: RankingModel, device: Device, processes: Processes) ->
         return model
     ids = None if device.kind == "cpu" else [device.torch_device.index]
     if model.embedding.config.mode == "dense":
-        whole: Callable[[Batch], Tensor] = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+        whole: Callable[[Batch], Tensor] = DistributedDataParallel(model, device_ids=ids, forward_sync_buffers=False)
         return whole
     if not any(parameter.requires_grad for parameter in model.tower.parameters()):
         return model
-    tower = DistributedDataParallel(model.tower, device_ids=ids, broadcast_buffers=False)
+    tower = DistributedDataParallel(model.tower, device_ids=ids, forward_sync_buffers=False)
     return lambda batch: tower(model.embedding(batch))
 
 

@@ -306,14 +306,11 @@ class Trainer:
             self.display.print(self.model.embedding.plan.table())
         self.optimizer = ModelOptimizer(self.model.tower, self.model.embedding, recipe.optimizer)
         policy = recipe.checkpoint
+        # Each with peers of its own: a save goes on in the background while others talk.
         self.store = CheckpointStore(
-            self.run.checkpoints,
-            keep_last=policy.keep_last,
-            spec_digest=self.spec.digest,
-            asynchronous=policy.asynchronous,
-            peers=self._peers,
+            self.run.checkpoints, keep_last=policy.keep_last, spec_digest=self.spec.digest, asynchronous=policy.asynchronous
         )
-        self.best = BestWeights(self.run.best, spec_digest=self.spec.digest, peers=self._peers)
+        self.best = BestWeights(self.run.best, spec_digest=self.spec.digest)
         self.train, self.valid = self._split("train"), self._split("valid")
         self._total_steps = min(recipe.schedule.epochs * self.train.num_batches, recipe.schedule.max_steps or 1 << 62)
         checkpoint = self.store.load(resume if isinstance(resume, str) else None) if resume else None
