@@ -111,7 +111,7 @@ class Engine:
     def _scores(self, batch: Batch, start_ns: int) -> tuple[npt.NDArray[np.float32], StageTimes]:
         transformed = time.perf_counter_ns()
         with torch.inference_mode():
-            inputs = self._embedding(self._raw_ids.rows(batch).to(self.device.torch_device))
+            inputs = self._embedding(self._raw_ids.rows(batch).to(self.device.torch_device), check=False)
             looked_up = time.perf_counter_ns()
             logits_BT = self._graph(*[inputs[key] for key in self._inputs])
             scores_BT = torch.sigmoid(logits_BT.to(torch.float32)).cpu().numpy()
