@@ -42,6 +42,8 @@ def test_what_has_no_place_is_refused():
     for wrong in (3, "text", [torch.ones(1)]):
         with pytest.raises(TypeError, match=r"model\.w: (int|str|list) has no place in a checkpoint"):
             flatten_tree({"model": {"w": wrong}}, rank=0, world_size=1)
+    with pytest.raises(ValueError, match="needs a column 'id'; there are: value.deep"):
+        ById({"value.deep": torch.ones(1)})
     with pytest.raises(ValueError, match=r"two entries .* 'a\.b'"):
         flatten_tree({"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}, rank=0, world_size=1)
 

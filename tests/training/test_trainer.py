@@ -11,9 +11,11 @@ from ninerank.errors import CheckpointError, DataError, DeviceError, SpecError
 from ninerank.metrics import auc, logloss
 from ninerank.training import sealed
 from ninerank.training.checkpoint import BestWeights
+from ninerank.training.checkpoint.archive import Archive
 from ninerank.training.interrupt import TrainingInterrupted
 from ninerank.training.pipeline import Split
 from ninerank.training.run import load_run
+from ninerank.training.state import reseed
 from ninerank.training.trainer import Trainer
 
 MODES = {
@@ -94,6 +96,22 @@ def test_stop_and_resume_gives_the_bytes_of_a_run_never_stopped(make_recipe, tmp
         steps = [int(row["step"]) for row in csv.DictReader(stream)]
     assert steps == sorted(steps)
     assert steps[-1] == 24
+
+
+def test_generators_of_another_number_of_processes_are_seeded_anew(make_recipe, tmp_path, monkeypatch):
+    recipe = make_recipe("checkpoint.every_steps=5", "checkpoint.asynchronous=false")
+    with pytest.raises(CrashError):
+        at_step(Trainer(recipe, tmp_path / "run"), 7, crash).fit()
+    same = Trainer(recipe, tmp_path / "run", resume=True)
+    states = [torch.get_rng_state()]
+    monkeypatch.setattr(Archive, "world_size", 2)
+    for _ in range(2):
+        other = Trainer(recipe, tmp_path / "run", resume=True)
+        assert other.progress == same.progress
+        states.append(torch.get_rng_state())
+    assert torch.equal(states[1], states[2])
+    assert not torch.equal(states[0], states[1])
+    assert len({reseed(seed, step, rank) for seed in (1, 2) for step in (1, 2) for rank in (0, 1)}) == 8
 
 
 def test_interrupt_during_validation_is_met(make_recipe, tmp_path, monkeypatch):

@@ -17,10 +17,15 @@ __all__ = ["ById", "Leaf", "Part", "PerProcess", "Snapshot", "Tree", "flatten_tr
 class ById:
     """Ids of a dynamic table that this process holds, and their columns: what `DynamicTable.state()` gives.
 
-    The tensors belong to the save from then on: an asynchronous one does not copy them first.
+    The tensors belong to the save from then on: an asynchronous one does not copy them first. A table that has a row for each id there
+    can be is saved as plain tensors.
     """
 
     state: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        if "id" not in self.state:
+            raise ValueError(f"a table by id needs a column 'id'; there are: {', '.join(self.state) or 'none'}")
 
 
 @dataclass(frozen=True)

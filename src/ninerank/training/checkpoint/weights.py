@@ -15,7 +15,10 @@ __all__ = ["BestWeights", "load_weights"]
 
 
 class BestWeights:
-    """Weights of the best epoch so far, replaced in one rename while others may read them."""
+    """Weights of the best epoch so far, replaced in one rename while others may read them.
+
+    peers: not those of a store, which may be saving in the background meanwhile.
+    """
 
     def __init__(self, directory: Path, *, spec_digest: str, peers: Peers | None = None) -> None:
         self.directory = directory
