@@ -29,26 +29,32 @@ def _cached(folder: Path) -> tuple[int, int]:
     return tuple(len(re.findall(rf"data {what} '.*pool", done.stdout)) for what in ("loaded from", "saved to"))  # type: ignore[return-value]
 
 
-def test_the_next_process_compiles_nothing(tmp_path: Path) -> None:
+def test_the_next_process_compiles_nothing_but_what_is_damaged(tmp_path: Path) -> None:
     assert _cached(tmp_path) == (0, 2)
+    index, _ = (file for file in tmp_path.rglob("*.nbi") if "pool" in file.name)
+    code = next(file for file in tmp_path.rglob("*.nbc") if "pool" in file.name and not file.name.startswith(index.stem))
     assert _cached(tmp_path) == (2, 0)
+    index.write_bytes(b"")
+    code.write_bytes(code.read_bytes()[:50])
+    assert _cached(tmp_path) == (0, 2)
 
 
-def test_a_changed_source_and_other_values_are_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    def key(*made_for: object) -> object:
-        def function(x):  # type: ignore[no-untyped-def]
-            return x
+def test_every_kernel_has_a_file_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def function(x):  # type: ignore[no-untyped-def]
+        return x
 
+    def name(value: object, *made_for: object) -> str:
         compiled = jit_for(*made_for)(function)
-        compiled(1)  # type: ignore[no-untyped-call]
+        compiled(value)  # type: ignore[no-untyped-call]
         (signature,) = compiled.overloads  # type: ignore[attr-defined]
-        return compiled._cache._index_key(signature, compiled.targetctx.codegen())  # type: ignore[attr-defined]
+        return str(compiled._cache._file_of(signature, compiled.targetctx.codegen())._index_name)  # type: ignore[attr-defined]
 
-    first = key(16, torch.float32)
-    assert key(16, torch.float32) == first
-    assert key(8, torch.float32) != first
+    first = name(1, 16, torch.float32)
+    assert name(1, 16, torch.float32) == first
+    others = {first, name(1, 8, torch.float32), name(1, 16, torch.float16), name(1.0, 16, torch.float32)}
     monkeypatch.setattr(module, "_sources", lambda: "of another version")
-    assert key(16, torch.float32) != first
+    others.add(name(1, 16, torch.float32))
+    assert len(others) == 5
 
 
 def test_without_a_folder_for_the_cache_kernels_still_run(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -8,6 +8,7 @@ where neither can be, every process compiles anew.
 import hashlib
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba.core import cgutils, types
-from numba.core.caching import FunctionCache
+from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.extending import intrinsic
 from torch import Tensor
 
@@ -37,10 +38,12 @@ MOST_ROWS_AHEAD = 32
 
 
 class _Cache(FunctionCache):
-    """Compiled code by signature, CPU, the sources of all kernels, and what the function was made for.
+    """Compiled code by signature, CPU, the sources of all kernels, and what the function was made for: a file for each.
 
     Numba's own key takes a closure's values as they pickle, which for compiled functions differs from process to process:
-    it would never find anything. And it looks at the function's own file, not at those of the functions compiled into it.
+    it would never find anything. It looks at the function's own file, not at those of the functions compiled into it. And
+    it numbers the files of a function, so that two processes that save different ones at once may find each other's.
+    A file that cannot be read or written costs a compilation, no more.
     """
 
     def __init__(self, function: Any, made_for: tuple[object, ...]) -> None:
@@ -48,7 +51,29 @@ class _Cache(FunctionCache):
         self._made_for = repr(made_for)
 
     def _index_key(self, signature: Any, codegen: Any) -> Any:
-        return signature, codegen.magic_tuple(), (self._made_for, _sources())
+        return str(signature), codegen.magic_tuple(), self._made_for, _sources()
+
+    def _file_of(self, signature: Any, codegen: Any) -> IndexDataCacheFile:
+        digest = hashlib.sha256(repr(self._index_key(signature, codegen)).encode()).hexdigest()
+        name = f"{self._impl.filename_base}-{digest[:16]}"
+        return IndexDataCacheFile(self._cache_path, name, self._impl.locator.get_source_stamp())
+
+    def _load_overload(self, signature: Any, target_context: Any) -> Any:
+        self._cache_file = self._file_of(signature, target_context.codegen())
+        try:
+            return super()._load_overload(signature, target_context)
+        except Exception as error:  # noqa: BLE001 - whatever a damaged file makes of unpickling
+            logger.warning("compiled kernel %s cannot be read and is made again (%s)", self._cache_file._index_path, error)
+            with suppress(OSError):
+                self._cache_file.flush()
+            return None
+
+    def _save_overload(self, signature: Any, data: Any) -> None:
+        self._cache_file = self._file_of(signature, data.codegen)
+        try:
+            super()._save_overload(signature, data)
+        except OSError as error:
+            logger.warning("compiled kernel %s cannot be kept (%s)", self._cache_file._index_path, error)
 
 
 @cache
