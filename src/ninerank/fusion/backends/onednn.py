@@ -1,0 +1,102 @@
+"""Linear layers as oneDNN runs them: weights packed once, activation in the same pass, float32 or bfloat16.
+
+    linear -> relu                      one operator
+    linear(x) + expand(u) -> relu       one operator where there is one request: u is the bias
+    bfloat16                            weights and activations of hidden layers; sums in float32; the last layer in float32
+
+The graph's other operators run as they are. An operand in bfloat16 is rounded to 8 bits of mantissa, so that scores move by up to
+about 1e-3: what calls this holds the scores to a budget.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+__all__ = ["has_packed_linear", "pack_linears"]
+
+aten = torch.ops.aten
+SMALL = 16  # outputs of a layer that is not worth packing: a logit
+ACTIVATIONS: dict[Any, str] = {aten.relu.default: "relu", aten.sigmoid.default: "sigmoid", aten.tanh.default: "tanh"}
+
+
+def has_packed_linear() -> bool:
+    """Whether this build of torch has the operators."""
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise") and bool(torch._C._has_mkldnn)
+
+
+def pack_linears(module: fx.GraphModule, *, bf16: bool, num_rows: int = 256, single_request: bool = False) -> int:
+    """Turn the graph's linear layers into packed ones, in place; returns how many.
+
+    num_rows: rows to pack for. single_request: whether `user_row` is all zeros, so that a request's row may be a bias.
+    """
+    packed = 0
+    for node in list(module.graph.nodes):
+        if node.op == "call_function" and node.target is aten.linear.default:
+            packed += _pack(module, node, bf16, num_rows, single_request)
+    if bf16:
+        _drop_round_trips(module.graph)
+    module.graph.eliminate_dead_code()
+    module.graph.lint()
+    module.recompile()
+    return packed
+
+
+def _pack(module: fx.GraphModule, node: fx.Node, bf16: bool, num_rows: int, single_request: bool) -> bool:
+    weight = _constant(module, node.args[1])
+    bias = node.args[2] if len(node.args) > 2 else None
+    if weight is None or weight.shape[0] < SMALL or weight.dtype != torch.float32:
+        return False
+    graph, last, added = module.graph, node, bias
+    if single_request and bias is None:
+        extra = _added_request(node)
+        if extra is not None:
+            last, added = extra
+    activation = "none"
+    users = list(last.users)
+    if len(users) == 1 and users[0].target in ACTIVATIONS:
+        last, activation = users[0], ACTIVATIONS[users[0].target]
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    name = f"packed_{sum(1 for n in graph.nodes if n.op == 'get_attr')}"
+    module.register_buffer(name, torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype).contiguous(), num_rows))
+    with graph.inserting_before(last):
+        packed, source, vector = graph.get_attr(name), node.args[0], added
+        if bf16:
+            source = graph.call_function(aten.to.dtype, (source, dtype))
+            vector = None if vector is None else graph.call_function(aten.to.dtype, (vector, dtype))
+        made = graph.call_function(torch.ops.mkldnn._linear_pointwise.default, (source, packed, vector, activation, [], ""))
+        result = graph.call_function(aten.to.dtype, (made, torch.float32)) if bf16 else made
+    last.replace_all_uses_with(result)
+    return True
+
+
+def _added_request(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """(sum, row of the request) where a layer's only use is a sum with an expanded request row."""
+    users = list(node.users)
+    if len(users) != 1 or users[0].target is not aten.add.Tensor or users[0].kwargs:
+        return None
+    (other,) = [argument for argument in users[0].args if argument is not node] or [None]
+    if not isinstance(other, fx.Node) or other.target is not aten.index_select.default or other.args[1] != 0:
+        return None
+    graph, source = node.graph, other.args[0]
+    with graph.inserting_before(users[0]):
+        row = graph.call_function(aten.select.int, (source, 0, 0))
+    return users[0], row
+
+
+def _drop_round_trips(graph: fx.Graph) -> None:
+    """x -> float32 -> bfloat16 is x where x is bfloat16."""
+    for node in list(graph.nodes):
+        if node.target is aten.to.dtype and node.args[1] is torch.bfloat16:
+            source = node.args[0]
+            if isinstance(source, fx.Node) and source.target is aten.to.dtype and source.args[1] is torch.float32:
+                node.replace_all_uses_with(source.args[0])
+
+
+def _constant(module: fx.GraphModule, argument: Any) -> Tensor | None:
+    if not isinstance(argument, fx.Node) or argument.op != "get_attr":
+        return None
+    value: Any = module
+    for part in str(argument.target).split("."):
+        value = getattr(value, part)
+    return value.detach() if isinstance(value, Tensor) else None

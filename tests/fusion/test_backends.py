@@ -1,0 +1,134 @@
+"""Every backend gives the scores of the module, for any number of requests, rows and ids of a history, in fp32 and bf16."""
+
+import threading
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from ninerank.errors import BundleError, DeviceError
+from ninerank.fusion import backends
+from ninerank.fusion.backends import onednn
+from ninerank.fusion.backends.script import script
+
+CPU = torch.device("cpu")
+
+
+class Split(nn.Module):
+    """A first layer in two halves, an activation, sizes computed from inputs, a history, a logit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user, self.item = nn.Linear(24, 32), nn.Linear(40, 32, bias=False)
+        self.hidden, self.out = nn.Linear(32 + 8, 32), nn.Linear(32, 1)
+
+    def forward(self, user_UF: Tensor, item_BF: Tensor, history_BLD: Tensor, user_row_B: Tensor) -> Tensor:
+        first = torch.relu(self.item(item_BF) + self.user(user_UF).index_select(0, user_row_B))
+        pooled = (history_BLD * (history_BLD.shape[1] + 1)).sum(1) / 7.0
+        return self.out(torch.sigmoid(self.hidden(torch.cat([first, pooled], dim=1)))).clamp(max=float("inf"))
+
+
+def inputs(requests: int, rows: int, length: int) -> tuple[Tensor, ...]:
+    draw = torch.Generator().manual_seed(requests + 10 * rows + length)
+    user, item, history = (torch.randn(shape, generator=draw) for shape in ((requests, 24), (rows, 40), (rows, length, 8)))
+    return user, item, history, torch.randint(0, requests, (rows,), generator=draw)
+
+
+@pytest.fixture(scope="module")
+def exported() -> tuple[nn.Module, fx.GraphModule]:
+    torch.manual_seed(0)
+    module = Split().eval()
+    rows = torch.export.Dim("rows")
+    dynamic = ({0: torch.export.Dim("requests")}, {0: rows}, {0: rows, 1: torch.export.Dim("length")}, {0: rows})
+    graph = torch.export.export(module, inputs(3, 5, 4), dynamic_shapes=dynamic).module()
+    assert isinstance(graph, fx.GraphModule)
+    return module, graph
+
+
+SHAPES = [(1, 1, 1), (1, 7, 3), (3, 7, 2), (5, 300, 9)]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Inductor's own modules, when the first shape is compiled
+@pytest.mark.parametrize("name", ["script", "eager", pytest.param("inductor", marks=pytest.mark.slow)])  # compiles C++
+def test_backends_give_the_modules_scores(exported: tuple[nn.Module, fx.GraphModule], name: str) -> None:
+    module, graph = exported
+    run = backends.lower(graph, CPU, backend=name, request_input=0)
+    for shape in SHAPES:
+        with torch.inference_mode():
+            torch.testing.assert_close(run(*inputs(*shape)), module(*inputs(*shape)), rtol=1e-5, atol=1e-6)
+
+
+needs_bf16 = pytest.mark.skipif(not backends._multiplies_bf16(), reason="this CPU has neither AMX nor AVX512-bf16")
+
+
+@needs_bf16
+def test_bf16_stays_within_its_rounding_and_packs_what_is_worth_it(exported: tuple[nn.Module, fx.GraphModule]) -> None:
+    module, graph = exported
+    run = backends.lower(graph, CPU, backend="script", precision="bf16", request_input=0)
+    for shape in SHAPES:
+        with torch.inference_mode():
+            got, want = run(*inputs(*shape)), module(*inputs(*shape))
+        assert got.dtype == torch.float32
+        assert float((got.sigmoid() - want.sigmoid()).abs().max()) < 1e-3
+        assert shape[1] == 1 or not torch.equal(got, want)
+
+
+def test_one_request_is_a_bias_in_the_same_operator(exported: tuple[nn.Module, fx.GraphModule]) -> None:
+    if not onednn.has_packed_linear():
+        pytest.skip("this build of torch has no packed linear layers")
+    _, graph = exported
+    own = backends.plain(graph)
+    assert onednn.pack_linears(own, bf16=False, single_request=True) == 3
+    targets = [node.target for node in own.graph.nodes if node.op == "call_function"]
+    assert torch.ops.aten.add.Tensor not in targets
+    assert torch.ops.aten.relu.default not in targets
+    assert torch.ops.aten.index_select.default not in targets
+    activations = sorted(node.args[3] for node in own.graph.nodes if node.target is torch.ops.mkldnn._linear_pointwise.default)
+    assert activations == ["none", "relu", "sigmoid"]
+
+
+def test_scripts_run_in_several_threads_at_once(exported: tuple[nn.Module, fx.GraphModule]) -> None:
+    module, graph = exported
+    run = backends.lower(graph, CPU, backend="script", request_input=0)
+    wrong: list[float] = []
+
+    def work(shape: Sequence[int]) -> None:
+        with torch.inference_mode():
+            want = module(*inputs(*shape))
+            for _ in range(50):
+                difference = float((run(*inputs(*shape)) - want).abs().max())
+                if difference > 1e-5:
+                    wrong.append(difference)
+
+    threads = [threading.Thread(target=work, args=(shape,)) for shape in SHAPES]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_what_cannot_run_is_refused(exported: tuple[nn.Module, fx.GraphModule]) -> None:
+    _, graph = exported
+    with pytest.raises(DeviceError, match="unknown backend 'scrpt'; did you mean 'script'"):
+        backends.lower(graph, CPU, backend="scrpt")
+    with pytest.raises(DeviceError, match="runs on cpu, not on cuda"):
+        backends.lower(graph, torch.device("cuda"), backend="script")
+    with pytest.raises(DeviceError, match="precision 'bf16' needs backend 'script'"):
+        backends.lower(graph, CPU, backend="eager", precision="bf16")
+
+
+def graph_with(target: Callable[..., object], *arguments: object) -> fx.GraphModule:
+    graph = fx.Graph()
+    made = graph.call_function(target, (graph.placeholder("x"), *arguments))
+    graph.output(made)
+    return fx.GraphModule(nn.Module(), graph)
+
+
+def test_scripts_hold_operators_alone() -> None:
+    for target, arguments in ((print, ()), (torch.ops.aten.einsum.default, ('x");import os',)), (getattr, ("shape",))):
+        with pytest.raises(BundleError):
+            script(graph_with(target, *arguments))
+    with pytest.raises(BundleError, match="cannot compile"):
+        script(graph_with(torch.ops.aten.relu.default, 3, 4))
