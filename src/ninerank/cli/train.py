@@ -83,7 +83,7 @@ def _show_plan(recipe: "Recipe", num_processes: int) -> None:
 
     from ninerank.training.parallel import plan_for
 
-    Console(highlight=False).print(plan_for(recipe, num_processes).table())
+    Console(highlight=False).print(plan_for(recipe, num_processes).tables())
 
 
 def _show(metrics: dict[str, Any], out: Path) -> None:

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,15 +21,22 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 class Interrupts:
-    """Remembers the first SIGINT or SIGTERM; the second one stops the process at once."""
+    """Remembers the first SIGINT or SIGTERM; the second one stops the process at once.
 
-    def __init__(self) -> None:
+    repeat_s: signals this soon after the first are the same one: what a terminal sends to all its processes, torchrun passes on to its own.
+    """
+
+    def __init__(self, repeat_s: float = 0.0) -> None:
         self.requested: str | None = None
+        self._repeat_s = repeat_s
+        self._first_s = 0.0
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        if self.requested is not None:
+        if self.requested is None:
+            self._first_s = time.monotonic()
+            self.requested = signal.Signals(number).name
+        elif time.monotonic() - self._first_s > self._repeat_s:
             raise KeyboardInterrupt
-        self.requested = signal.Signals(number).name
 
     @contextmanager
     def caught(self) -> Iterator[None]:

@@ -68,8 +68,7 @@ class Processes:
             if not _is_of_peer(error):
                 raise
             raise DeviceError(
-                f"process {processes.rank}: another process ended or stopped answering ({_first_line(error)}); "
-                "the first error above is the cause"
+                f"process {processes.rank}: another process ended or stopped answering; what it said is the cause ({_first_line(error)})"
             ) from error
         finally:
             distributed.destroy_process_group()
@@ -125,4 +124,5 @@ def _is_of_peer(error: RuntimeError) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line.partition(" This is typically")[0].rpartition("] ")[2] or line

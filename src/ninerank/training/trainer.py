@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 SplitName = Literal["train", "valid", "test"]
 ALONE = Processes()
 T = TypeVar("T")
+REPEAT_S = 5.0
 METRICS_SHOWN = ("auc", "gauc", "logloss")
 
 
@@ -97,7 +98,7 @@ class Trainer:
         self.processes = processes
         self._is_stop_asked = False
         self._task_weights = check_task_weights(recipe.loss, recipe.spec.labels)
-        self._interrupts = Interrupts()
+        self._interrupts = Interrupts(REPEAT_S if processes.world_size > 1 else 0.0)
         self._grad_norm: Tensor | None = None
         self._lr = recipe.optimizer.lr
         for split in ("train", "valid", "test"):
@@ -303,7 +304,7 @@ class Trainer:
         self.model = build_for(recipe, self.spec, self.device, self.processes)
         self._forward = tower_averaged(self.model, self.device, self.processes)
         if isinstance(self.model.embedding, ShardedEmbeddingCollection):
-            self.display.print(self.model.embedding.plan.table())
+            self.display.print(self.model.embedding.plan.tables())
         self.optimizer = ModelOptimizer(self.model.tower, self.model.embedding, recipe.optimizer)
         policy = recipe.checkpoint
         # Each with peers of its own: a save goes on in the background while others talk.

@@ -1,16 +1,18 @@
 """Which process holds which block of which table: a plain value that travels as JSON and prints as a table."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from rich.console import Group
 from rich.table import Table
 
 __all__ = ["Block", "Machine", "Placed", "Plan"]
 
 Kind = Literal["table_wise", "row_wise", "column_wise", "data_parallel"]
 MIB = 1 << 20
+MOST_RANKS_SHOWN = 16
 
 
 @dataclass(frozen=True)
@@ -94,45 +96,54 @@ class Plan:
         """Bytes of values and optimizer state in process `rank`."""
         return sum(placed.bytes_of(rank, self.world_size) for placed in self.placed)
 
-    def table(self) -> Table:
-        """Who holds what: a row a table and group, then bytes and predicted load of each process."""
-        ranks = range(self.world_size)
+    def tables(self) -> Group:
+        """To be printed: who holds what, then bytes and predicted load of each process (of many, the least and the most loaded)."""
+        return Group(self._placements(), self._loads())
+
+    def _placements(self) -> Table:
         shown = Table(title=f"tables over {self.world_size} processes", title_justify="left")
-        for column in ("table", "group"):
-            shown.add_column(column)
+        shown.add_column("table")
+        shown.add_column("group")
         for column in ("rows", "dim", "MiB"):
             shown.add_column(column, justify="right")
-        shown.add_column("kind")
-        for rank in ranks:
-            shown.add_column(f"rank {rank}", justify="right")
+        shown.add_column("kind", no_wrap=True)
+        shown.add_column("held by")
         for placed in self.placed:
-            total = sum(placed.bytes_of(rank, self.world_size) for rank in ranks)
-            blocks = [_phrase(placed, rank, self.world_size) for rank in ranks]
-            shown.add_row(placed.table, placed.group, f"{placed.num_rows:,}", str(placed.dim), _mib(total), placed.kind, *blocks)
+            size = sum(placed.bytes_of(rank, self.world_size) for rank in range(self.world_size))
+            shown.add_row(
+                placed.table, placed.group, f"{placed.num_rows:,}", str(placed.dim), _mib(size), placed.kind, self._held_by(placed)
+            )
+        return shown
+
+    def _held_by(self, placed: Placed) -> str:
+        first = placed.block(0, self.world_size)
+        if placed.kind == "row_wise":
+            return f"all, {len(first.rows):,} rows each"
+        if placed.kind == "column_wise":
+            return f"all, {len(first.columns)} columns each"
+        return "all, a copy each" if placed.kind == "data_parallel" else f"rank {placed.rank}"
+
+    def _loads(self) -> Table:
+        held = [self.bytes_of(rank) for rank in range(self.world_size)]
+        shown = Table(title="load of processes", title_justify="left")
+        shown.add_column("rank")
+        for column in ("MiB", "share of bytes", "predicted ms a step", "share of time"):
+            shown.add_column(column, justify="right")
+        ranks = list(range(self.world_size))
+        if self.world_size > MOST_RANKS_SHOWN:
+            by_load = sorted(ranks, key=lambda rank: (self.predicted_ms[rank] if self.predicted_ms else 0.0, held[rank]))
+            ranks = sorted({by_load[0], by_load[len(by_load) // 2], by_load[-1]})
+        for rank in ranks:
+            time = (f"{self.predicted_ms[rank]:.3g}", _share(rank, self.predicted_ms)) if self.predicted_ms else ("-", "-")
+            shown.add_row(str(rank), _mib(held[rank]), _share(rank, held), *time)
         shown.add_section()
-        held = [self.bytes_of(rank) for rank in ranks]
-        shown.add_row("MiB in all", "", "", "", _mib(sum(held)), "", *(_mib(size) for size in held))
-        shown.add_row("share of bytes", "", "", "", "", "", *_shares(held))
-        if self.predicted_ms:
-            shown.add_row("predicted ms a step", "", "", "", "", "", *(f"{value:.3g}" for value in self.predicted_ms))
-            shown.add_row("predicted load", "", "", "", "", "", *_shares(self.predicted_ms))
+        shown.add_row("all", _mib(sum(held)), "", "", "")
         return shown
 
 
-def _phrase(placed: Placed, rank: int, world_size: int) -> str:
-    block = placed.block(rank, world_size)
-    if block.is_empty:
-        return "-"
-    if placed.kind == "row_wise":
-        return f"rows {block.rows.start:,}-{block.rows.stop - 1:,}"
-    if placed.kind == "column_wise":
-        return f"columns {block.columns.start}-{block.columns.stop - 1}"
-    return "copy" if placed.kind == "data_parallel" else "all"
-
-
-def _shares(values: Sequence[float]) -> Iterator[str]:
+def _share(rank: int, values: Sequence[float]) -> str:
     total = sum(values)
-    return (f"{value / total:.1%}" if total else "-" for value in values)
+    return f"{values[rank] / total:.1%}" if total else "-"
 
 
 def _mib(size: int) -> str:

@@ -255,6 +255,7 @@ def distribute(
     """Put the collections on the processes of the default group as `plan` says; `placed` maps TorchRec's table names to its places."""
     set_gradient_division(True)
     warnings.filterwarnings("ignore", message="`torch.distributed.[a-z_]+` is deprecated", category=FutureWarning)  # called by TorchRec
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # warns of a name that TorchRec uses
     rank = dist.get_rank()
     held = {name: _held(each, each.block(rank, plan.world_size)) for name, each in placed.items()}
     built = sharders(make, held, _codecs(quantised, device))
