@@ -147,10 +147,10 @@ def config_of(rule: str) -> SparseOptimizerConfig:
     return SparseOptimizerConfig.parse({"kind": rule, "table_lr": {"item": 0.05}, **RULES[rule]}, "sparse")
 
 
-def one_process(rule: str, clip: float | None) -> tuple[EmbeddingCollection, SparseOptimizer, dict[str, Any]]:
+def one_process(rule: str, clip: float | None, steps: int = STEPS) -> tuple[EmbeddingCollection, SparseOptimizer, dict[str, Any]]:
     collection = EmbeddingCollection(spec(), GROUPS, EmbeddingConfig(init_std=0.3), seed=3)
     optimizer = SparseOptimizer(collection, config_of(rule))
-    found = train(collection, Tower(len(collection.static.keys)), optimizer, batches(spec()), clip)
+    found = train(collection, Tower(len(collection.static.keys)), optimizer, batches(spec(), steps), clip)
     return collection, optimizer, found
 
 
@@ -171,11 +171,11 @@ def sharded(rule: str, sharding: dict[str, Any], groups: dict[str, int] = GROUPS
 
 
 def many_processes(
-    rule: str, sharding: dict[str, Any], clip: float | None
+    rule: str, sharding: dict[str, Any], clip: float | None, steps: int = STEPS
 ) -> tuple[ShardedEmbeddingCollection, ShardedOptimizer, dict[str, Any]]:
     collection, optimizer = sharded(rule, sharding)
     tower = DistributedDataParallel(Tower(len(collection.keys)))
-    parts = [part(batch, dist.get_rank(), dist.get_world_size()) for batch in batches(spec())]
+    parts = [part(batch, dist.get_rank(), dist.get_world_size()) for batch in batches(spec(), steps)]
     found = train(collection, tower, optimizer, parts, clip)
     return collection, optimizer, found
 
@@ -228,10 +228,10 @@ def compare(*rules: str) -> dict[str, Any]:
 def quantised() -> dict[str, Any]:
     """Embeddings and gradients that travel in half precision, for kinds that send them by different collectives."""
     clip = None
-    _, _, expected = one_process("sgd", clip)
+    _, _, expected = one_process("sgd", clip, 20)
     found = {}
     for kind in ("table_wise", "row_wise"):
-        _, _, met = many_processes("sgd", {**KINDS[kind], "quantised_comms": "fp16"}, clip)
+        _, _, met = many_processes("sgd", {**KINDS[kind], "quantised_comms": "fp16"}, clip, 20)
         found[kind] = max(abs(a - b) / abs(b) for a, b in zip(met["losses"], expected["losses"], strict=True))
     return found
 
@@ -262,9 +262,9 @@ def refused() -> dict[str, Any]:
 def uneven() -> dict[str, Any]:
     """Three processes, tables with fewer rows than that, and a bag that no process fills."""
     found = {}
-    alone, _, expected = one_process("rowwise_adagrad", None)
+    alone, _, expected = one_process("rowwise_adagrad", None, 10)
     for kind in ("row_wise", "data_parallel"):
-        collection, _, met = many_processes("rowwise_adagrad", KINDS[kind], None)
+        collection, _, met = many_processes("rowwise_adagrad", KINDS[kind], None, 10)
         values = {key.removeprefix("embedding."): value for key, value in alone.state_dict().items()}
         losses = max(abs(a - b) / abs(b) for a, b in zip(met["losses"], expected["losses"], strict=True))
         found[kind] = {"loss": losses, "values": largest(gathered(collection.shards()), values)}

@@ -6,7 +6,7 @@ with Processes.joined(device, timeout_s=600) as processes:
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -101,13 +101,6 @@ class Processes:
     def share(self, num_rows: int) -> int:
         """Rows of each process where `num_rows` are divided among all, the last ones filled up."""
         return -(-num_rows // self.world_size)
-
-    def own(self, values: Sequence[T]) -> tuple[Sequence[T], int]:
-        """This process's share of a sequence, the last value repeated to fill it up, and how many were."""
-        size = self.share(len(values))
-        real = values[self.rank * size : (self.rank + 1) * size]
-        padding = size - len(real)
-        return [*real, *([values[-1]] * padding)], padding
 
 
 def _number(name: str, default: int | None = None) -> int:

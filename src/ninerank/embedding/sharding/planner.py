@@ -2,17 +2,15 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
-
-from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
-from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import HardwareConfig, KernelConfig, PlannerError, Stats, TopologyFactory, TrainerConfig
+from typing import TYPE_CHECKING, Any, cast
 
 from ninerank.embedding.sharding.config import ShardingConfig
 from ninerank.embedding.sharding.plan import Machine, Placed, Plan
 from ninerank.embedding.sharding.tables import ShardTable, kind_at
-from ninerank.embedding.sharding.torchrec import Collections, Features, quiet, sharders, table_name
 from ninerank.errors import DeviceError
+
+if TYPE_CHECKING:
+    from ninerank.embedding.sharding.torchrec import Collections
 
 __all__ = ["collections_of", "make_plan"]
 
@@ -21,8 +19,10 @@ FLOAT_BYTES = 4
 ASCEND_HBM, ASCEND_LINK = 1.6e9, 392e6
 
 
-def collections_of(tables: Sequence[ShardTable], groups: Mapping[str, int]) -> tuple[Collections, dict[str, tuple[ShardTable, str]]]:
+def collections_of(tables: Sequence[ShardTable], groups: Mapping[str, int]) -> "tuple[Collections, dict[str, tuple[ShardTable, str]]]":
     """TorchRec's modules over the meta device, and which table at which group's dim each of their names stands for."""
+    from ninerank.embedding.sharding.torchrec import Collections, Features, table_name
+
     number = {feature: f"f{i}" for i, feature in enumerate(feature for table in tables for feature in table.features)}
     pooled: list[Features] = []
     unpooled: dict[str, list[Features]] = {}
@@ -49,8 +49,14 @@ def make_plan(
     batch_size: rows of one process. row_bytes: values and optimizer state of one row, by group.
     Raises DeviceError where the tables do not fit.
     """
+    from torchrec.distributed.planner import EmbeddingShardingPlanner
+    from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+    from torchrec.distributed.planner.types import PlannerError
+
+    from ninerank.embedding.sharding.torchrec import BestPlan, quiet, sharders
+
     collections, names = collections_of(tables, groups)
-    caught = _Best()
+    caught = BestPlan()
     planner = EmbeddingShardingPlanner(
         topology=_topology(machine, _memory_for_values(machine, groups, row_bytes)),
         batch_size=batch_size,
@@ -83,17 +89,9 @@ def make_plan(
     return plan
 
 
-class _Best(Stats):  # type: ignore[misc]
-    """Takes the plan that the planner would print."""
-
-    def __init__(self) -> None:
-        self.options: list[Any] = []
-
-    def log(self, *_: Any, best_plan: list[Any], **__: Any) -> None:
-        self.options = best_plan
-
-
 def _constraints(table: ShardTable, dim: int, config: ShardingConfig, world_size: int) -> Any:
+    from torchrec.distributed.planner import ParameterConstraints
+
     kind = kind_at(config, table.name, dim)
     kinds: list[str] = [kind]
     if kind == "auto":
@@ -101,8 +99,10 @@ def _constraints(table: ShardTable, dim: int, config: ShardingConfig, world_size
     return ParameterConstraints(sharding_types=kinds, min_partition=max(1, dim // world_size), pooling_factors=list(table.ids_a_row))
 
 
-def _topology(machine: Machine, memory_bytes: int) -> Topology:
+def _topology(machine: Machine, memory_bytes: int) -> Any:
     """The planner knows cpu and cuda: Ascend is planned as cuda with its own memory and bandwidths."""
+    from torchrec.distributed.planner.types import HardwareConfig, KernelConfig, TopologyFactory, TrainerConfig
+
     hardware = {"ddr_cap_bytes": memory_bytes} if machine.kind == "cpu" else {"hbm_cap_bytes": memory_bytes}
     bandwidth = {"hbm_mem_bw": ASCEND_HBM, "intra_host_bw": ASCEND_LINK} if machine.kind == "npu" else {}
     return TopologyFactory.create_topology(
@@ -127,7 +127,7 @@ def _check_memory(plan: Plan, machine: Machine) -> None:
             )
 
 
-def _refusal(tables: Sequence[ShardTable], machine: Machine, row_bytes: Mapping[str, int], error: PlannerError) -> str:
+def _refusal(tables: Sequence[ShardTable], machine: Machine, row_bytes: Mapping[str, int], error: Exception) -> str:
     total = sum(table.num_rows for table in tables) * sum(row_bytes.values())
     first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return (

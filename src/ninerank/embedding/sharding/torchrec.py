@@ -25,6 +25,7 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel, Grouped
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
 from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner.types import Stats
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingEnv, ShardingPlan, ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
@@ -33,7 +34,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from ninerank.embedding.sharding.plan import Block, Placed, Plan
 from ninerank.embedding.sharding.storage import BlockStorage, Held
 
-__all__ = ["Collections", "MakeStorage", "distribute", "jagged", "quiet", "sharders", "table_name"]
+__all__ = ["BestPlan", "Collections", "Features", "MakeStorage", "distribute", "jagged", "quiet", "sharders", "table_name"]
 
 KINDS = [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value, ShardingType.COLUMN_WISE.value, ShardingType.DATA_PARALLEL.value]
 
@@ -235,6 +236,16 @@ def _compute_kernels(sharding_type: str) -> list[str]:
     """Names under which TorchRec groups tables; both stand for our kernel."""
     is_copy = sharding_type == ShardingType.DATA_PARALLEL.value
     return [(EmbeddingComputeKernel.DENSE if is_copy else EmbeddingComputeKernel.FUSED).value]
+
+
+class BestPlan(Stats):  # type: ignore[misc]
+    """Takes the plan that TorchRec's planner would print: its options, each with the predicted time of its shards."""
+
+    def __init__(self) -> None:
+        self.options: list[Any] = []
+
+    def log(self, *_: Any, best_plan: list[Any], **__: Any) -> None:
+        self.options = best_plan
 
 
 def sharders(make: MakeStorage | None = None, held: Mapping[str, Held] | None = None, codecs: Any = None) -> list[Any]:

@@ -1,0 +1,101 @@
+"""Plans as values, and TorchRec's planner behind them; no process beside this one."""
+
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from ninerank.embedding.sharding.config import ShardingConfig
+from ninerank.embedding.sharding.plan import Machine, Placed, Plan
+from ninerank.embedding.sharding.tables import ShardTable
+from ninerank.errors import DeviceError, SpecError
+
+GROUPS = {"deep": 16, "linear": 1}
+ROW_BYTES = {"deep": 128, "linear": 8}
+TABLES = (
+    ShardTable("user", 100_000, ("user",), (1.0,), is_pooled=True),
+    ShardTable("item", 50_001, ("item", "history"), (1.0, 20.0), is_pooled=False),
+    ShardTable("city", 3, ("city",), (1.0,), is_pooled=True),
+)
+
+
+def planned(machine: Machine = Machine("cpu", 4, 4, 1 << 30), **config: object) -> Plan:  # noqa: B008 - it is frozen
+    pytest.importorskip("torchrec", reason="needs torchrec")
+    from ninerank.embedding.sharding import make_plan
+
+    return make_plan(TABLES, GROUPS, ShardingConfig.parse(config, "sharding"), machine, batch_size=256, row_bytes=ROW_BYTES)
+
+
+def printed(plan: Plan) -> str:
+    console = Console(width=120, record=True, file=None, quiet=False)
+    with console.capture() as found:
+        console.print(plan.tables())
+    return found.get()
+
+
+@pytest.mark.parametrize("kind", ["table_wise", "row_wise", "column_wise"])
+def test_blocks_of_all_processes_make_the_table(kind):
+    placed = Placed("item", "deep", 10, 6, kind, 1 if kind == "table_wise" else None, 48)
+    cells = [(row, column) for rank in range(3) for row in placed.block(rank, 3).rows for column in placed.block(rank, 3).columns]
+    assert sorted(cells) == [(row, column) for row in range(10) for column in range(6)]
+    assert sum(placed.bytes_of(rank, 3) for rank in range(3)) == 480
+
+
+def test_fewer_rows_than_processes_leave_some_without():
+    placed = Placed("city", "deep", 2, 4, "row_wise", None, 32)
+    assert [len(placed.block(rank, 4).rows) for rank in range(4)] == [1, 1, 0, 0]
+    assert placed.block(3, 4).is_empty
+
+
+def test_kinds_asked_for_are_kept_and_one_column_stays_whole():
+    plan = planned(default="table_wise", tables={"item": "row_wise", "user": "column_wise", "city": "data_parallel"})
+    kinds = {(placed.table, placed.group): placed.kind for placed in plan.placed}
+    assert kinds["item", "deep"] == kinds["item", "linear"] == "row_wise"
+    assert (kinds["user", "deep"], kinds["user", "linear"]) == ("column_wise", "table_wise")
+    assert kinds["city", "deep"] == "data_parallel"
+    text = printed(plan)
+    assert "all, 12,501 rows each" in text
+    assert "all, 4 columns each" in text
+    assert "all, a copy each" in text
+
+
+def test_a_plan_is_the_same_each_time_and_travels_as_json():
+    plan = planned()
+    assert planned() == plan
+    assert Plan.from_json(plan.to_json()) == plan
+    assert len(plan.placed) == 6
+    assert len(plan.predicted_ms) == 4
+    assert sum(plan.bytes_of(rank) for rank in range(4)) >= 150_004 * 136
+
+
+def test_many_processes_are_printed_by_the_least_and_the_most_loaded():
+    text = printed(planned(Machine("cpu", 32, 8, 1 << 30), default="table_wise"))
+    assert text.count("%") <= 6
+
+
+def test_memory_decides():
+    one_table = 100_000 * 128
+    kinds = {placed.table: placed.kind for placed in planned(Machine("cpu", 4, 4, one_table // 2)).placed if placed.group == "deep"}
+    assert kinds["user"] in {"row_wise", "column_wise"}  # no process can hold it whole
+    with pytest.raises(DeviceError, match=r"no plan for 20,400,544 bytes .* over 2 processes of 1,000,000 bytes each"):
+        planned(Machine("cpu", 2, 2, 1_000_000))
+
+
+@pytest.mark.parametrize("kind", ["cuda", "npu"])
+def test_plans_for_accelerators_need_none(kind):
+    plan = planned(Machine(kind, 8, 8, 1 << 34))
+    assert len(plan.predicted_ms) == 8
+
+
+def test_unknown_kinds_are_refused():
+    with pytest.raises(SpecError, match="row_wise"):
+        ShardingConfig.parse({"tables": {"item": "rowwise"}}, "sharding")
+
+
+def test_one_process_needs_neither_torchrec_nor_fbgemm():
+    code = (
+        "import sys, ninerank.training.trainer, ninerank.cli.train, ninerank.embedding.sharding.optimizer;"
+        "assert not {'torchrec', 'fbgemm_gpu', 'tensordict'} & set(sys.modules), sorted(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
