@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from ninerank.errors import CheckpointError
+from ninerank.training.checkpoint import tensorfile
 from ninerank.training.checkpoint.tensorfile import DTYPES, Content, opened, read_tensor, write_tensors
 
 SHAPES = st.lists(st.integers(0, 5), max_size=3)
@@ -41,6 +42,23 @@ def test_what_is_not_contiguous_is_written_as_it_reads(tmp_path):
     odd = torch.as_strided(torch.tensor([7]), (1,), (0,))
     tensors = {"columns": whole[:, 3:7], "turned": whole.t(), "steps": whole[::2], "odd": odd, "row": whole[1:2].expand(3, 10)}
     write_tensors(tmp_path / "x", contents(tensors))
+    for name, tensor in load_file(tmp_path / "x").items():
+        assert torch.equal(tensor, tensors[name]), name
+
+
+def test_large_tensors_are_written_some_rows_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensorfile, "BLOCK_BYTES", 100)
+    whole = torch.randn(33, 40)
+    tensors = {
+        "whole": whole,
+        "columns": whole[:, :7],
+        "turned": whole.t(),
+        "long row": whole[:1],
+        "flat": torch.arange(1000),
+        "one": whole[3, 4],
+    }
+    digest, _ = write_tensors(tmp_path / "x", contents(tensors))
+    assert digest == hashlib.sha256((tmp_path / "x").read_bytes()).hexdigest()
     for name, tensor in load_file(tmp_path / "x").items():
         assert torch.equal(tensor, tensors[name]), name
 

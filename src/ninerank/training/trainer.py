@@ -21,7 +21,8 @@ from ninerank.embedding.sharding.collection import ShardedEmbeddingCollection
 from ninerank.errors import CheckpointError, DeviceError, SpecError
 from ninerank.features.batch import Batch
 from ninerank.features.spec import FeatureSpec
-from ninerank.training.checkpoint import BestWeights, ById, Checkpoint, CheckpointStore, PerProcess, load_weights
+from ninerank.training.checkpoint import BestWeights, Checkpoint, CheckpointStore, PerProcess, load_weights
+from ninerank.training.checkpoint.managed import managed_tree, read_managed
 from ninerank.training.checkpoint.peers import Peers
 from ninerank.training.checkpoint.tree import Tree
 from ninerank.training.display import Display, Stage
@@ -355,7 +356,7 @@ class Trainer:
         tree: Tree = {
             "model": self.model.static_state(),
             "optimizer": optimizer,
-            "managed": {name: ById(table.state()) for name, table in self.model.embedding.managed.items()},
+            **managed_tree(self.model.embedding.managed),
             "random": PerProcess(generator_state(self.device.torch_device)),
         }
         return self.store.save(self.progress.step, tree, state)
@@ -367,8 +368,7 @@ class Trainer:
             raise CheckpointError(f"{where}: was saved over training data {state['train']}, they are now {train}: their order would differ")
         checkpoint.read({"model": self.model.static_state(reading=True)})
         self.optimizer.load_state_dict(restore(state["optimizer"], self._optimizer_tensors(checkpoint)))
-        for name, table in self.model.embedding.managed.items():
-            table.load_state(checkpoint.by_id(f"managed.{name}"))
+        read_managed(checkpoint, self.model.embedding.managed)
         self.progress = Progress(**state["progress"])
         generators = checkpoint.own("random")
         if generators is None:

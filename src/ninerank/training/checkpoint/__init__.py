@@ -1,6 +1,7 @@
 """Checkpoints of a run, its best weights, and what a model's state looks like when several processes hold it.
 
 store.py       CheckpointStore: save, load, keep the newest       weights.py   BestWeights, load_weights
+managed.py     tables with a storage of their own                archive.py   directories of tensors, and what reads them
 tree.py        what may be saved: tensors, shards, tables by id   staging.py   the snapshot that an asynchronous save writes
 planner.py     who writes and who reads which block               storage.py   files and manifest
 tensorfile.py  safetensors written and hashed in one pass         peers.py     the processes that save and load together

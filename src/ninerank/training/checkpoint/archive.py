@@ -110,6 +110,10 @@ class Archive:
         """Whether a leaf is a table by id."""
         return bool(self.extra["parts"].get(name, {}).get("kind") == "by_id")
 
+    def has(self, section: str) -> bool:
+        """Whether a section has tensors that are not kept apart by process."""
+        return bool(self._names(section))
+
     def _names(self, section: str) -> list[str]:
         """Names in a section, without what is kept apart by process."""
         start, kept_apart = f"{section}.", tuple(f"{name}[" for name in self.extra["parts"])

@@ -7,13 +7,11 @@ spaces to a multiple of 8; the tensors' bytes, those of wider dtypes first, with
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -56,18 +54,16 @@ def write_tensors(path: Path, contents: Mapping[str, Content]) -> tuple[str, int
     ordered = sorted(contents.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     digest, size = hashlib.sha256(), 0
     with path.open("xb") as stream:
-        for data in chain([_header(ordered)], (_bytes(content) for _, content in ordered)):
-            for first in range(0, len(data), BLOCK_BYTES):
-                block = data[first : first + BLOCK_BYTES].data
-                digest.update(block)
-                stream.write(block)
-            size += len(data)
+        for block in chain([_header(ordered)], *(_blocks(content) for _, content in ordered)):
+            digest.update(block)
+            stream.write(block)
+            size += len(block)
         stream.flush()
         os.fsync(stream.fileno())
     return digest.hexdigest(), size
 
 
-def _header(ordered: list[tuple[str, Content]]) -> npt.NDArray[np.uint8]:
+def _header(ordered: list[tuple[str, Content]]) -> bytes:
     entries, first = {}, 0
     for key, content in ordered:
         if content.dtype not in DTYPES:
@@ -77,15 +73,21 @@ def _header(ordered: list[tuple[str, Content]]) -> npt.NDArray[np.uint8]:
         first = last
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8)
+    return len(text).to_bytes(8, "little") + text
 
 
-def _bytes(content: Content) -> npt.NDArray[np.uint8]:
-    held = content.tensor().detach().cpu().contiguous()
+def _blocks(content: Content) -> "Iterator[bytes | memoryview[int]]":
+    """The bytes of a tensor, some rows at a time: what lies on a device, or not in one piece, is never copied as a whole."""
+    held = content.tensor().detach()
     assert (held.dtype, tuple(held.shape)) == (content.dtype, content.shape)
-    flat = held.as_strided((held.numel(),), (1,))  # a dimension of one row may have any stride, which `view` would refuse
-    data: npt.NDArray[np.uint8] = flat.view(torch.uint8).numpy()
-    return data
+    if held.numel() == 0:
+        return
+    rows = held if held.dim() else held.reshape(1)
+    step = max(1, BLOCK_BYTES * len(rows) // content.num_bytes)
+    for first in range(0, len(rows), step):
+        block = rows[first : first + step].cpu().contiguous()
+        flat = block.as_strided((block.numel(),), (1,))  # a dimension of one row may have any stride, which `view` would refuse
+        yield flat.view(torch.uint8).numpy().data
 
 
 def read_tensor(path: Path, key: str) -> Tensor:
