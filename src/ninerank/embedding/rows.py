@@ -11,6 +11,7 @@ from torch import Tensor
 from ninerank.embedding.table import TableLayout
 from ninerank.errors import DataError
 from ninerank.features.batch import Block, KeyedJagged
+from ninerank.fusion.kernels.embedding_rows import row_dtype
 
 __all__ = ["KeyRows", "SideRows", "lengths_of"]
 
@@ -23,37 +24,46 @@ def lengths_of(ids: KeyedJagged) -> Tensor:
 class Constants:
     """Numbers of the features, on whatever device a batch lies: not a module, since a request cannot afford its attribute lookups."""
 
-    def __init__(self, values: Sequence[int], dtype: torch.dtype) -> None:
-        self._values, self._dtype = values, dtype
+    def __init__(self, values: Sequence[int], dtype: torch.dtype, *, on_device: torch.dtype | None = None) -> None:
+        self._values, self._dtype, self._on_device = values, dtype, on_device or dtype
         self._on: dict[torch.device, Tensor] = {}
 
     def on(self, device: torch.device) -> Tensor:
         """The numbers on `device`."""
         tensor = self._on.get(device)
         if tensor is None:
-            tensor = torch.tensor(self._values, dtype=self._dtype, device=device)
+            tensor = torch.tensor(self._values, dtype=self._dtype if device.type == "cpu" else self._on_device, device=device)
             if type(tensor) is Tensor:  # a fake tensor belongs to its trace alone
                 self._on[device] = tensor
         return tensor
 
 
 class KeyRows:
-    """Row offset and size of the table behind each feature of one kind on one side."""
+    """Row offset and size of the table behind each feature of one kind on one side.
+
+    On a device, rows of a storage that int32 can count are int32: Ascend computes int64 slowly, and half as much is moved.
+    """
 
     def __init__(self, layout: TableLayout, tables: Mapping[str, str]) -> None:
         self.keys = tuple(tables)
         self.tables = tuple(tables.values())
         slices = [layout.rows_of(table) for table in self.tables]
-        self.offset_F = Constants([s.start for s in slices], torch.int64)
+        # A managed table's storage grows: it is not in the layout, and rows of it stay as they came.
+        self._dtype = row_dtype(layout.total_rows) if layout.total_rows else torch.int64
+        self.offset_F = Constants([s.start for s in slices], torch.int64, on_device=self._dtype)
         self.size_F = Constants([s.stop - s.start for s in slices], torch.int64)
 
     def single(self, ids: KeyedJagged) -> Tensor:
         """Storage rows (F, R) of features with exactly one id a row."""
-        return ids.values.view(len(self.keys), ids.num_rows) + self.offset_F.on(ids.values.device)[:, None]
+        return self._values(ids).view(len(self.keys), ids.num_rows) + self.offset_F.on(ids.values.device)[:, None]
 
     def jagged(self, ids: KeyedJagged) -> Tensor:
         """Storage rows (N,) of features with any number of ids a row."""
-        return ids.values + _per_id(self.offset_F.on(ids.values.device), ids) if self.keys else ids.values
+        values = self._values(ids)
+        return values + _per_id(self.offset_F.on(ids.values.device), ids) if self.keys else values
+
+    def _values(self, ids: KeyedJagged) -> Tensor:
+        return ids.values if ids.values.device.type == "cpu" else ids.values.to(self._dtype)
 
     def check(self, ids: KeyedJagged) -> None:
         """Raise DataError for an id outside its table. Call it where the ids lie on the host."""
@@ -112,8 +122,8 @@ class SideRows:
         """Greatest number of ids in a row, of each sequence feature."""
         if not self.max_lengths or block.num_rows == 0:
             return [0] * len(self.max_lengths)
-        longest: list[int] = lengths_of(block.sequences).view(len(self.max_lengths), block.num_rows).amax(1).tolist()
-        return longest
+        known = block.sequences.measured().longest
+        return [1] * len(self.max_lengths) if known is None else list(known)
 
     def mean_bags(self, device: torch.device) -> Tensor | None:
         """Which bags (F,) are pooled by mean; None where all are summed."""

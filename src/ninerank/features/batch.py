@@ -37,13 +37,15 @@ class KeyedJagged:
     """Ids of several features over the same R rows, laid out feature by feature (as torchrec's KeyedJaggedTensor).
 
     keys: F names. values: int64 (nnz,). lengths: int64 (F * R,), or None where every row of every feature holds
-    exactly one id, so that `values.view(F, R)` is the whole story. num_rows: R.
+    exactly one id, so that `values.view(F, R)` is the whole story. num_rows: R. longest: greatest length of each key's rows where it
+    was asked for on the host, so that nobody need wait for a device to tell.
     """
 
     keys: tuple[str, ...]
     values: Tensor
     lengths: Tensor | None
     num_rows: int
+    longest: tuple[int, ...] | None = None
 
     def offsets(self) -> Tensor:
         """int64 (F * R + 1,) start of each (feature, row) in `values`."""
@@ -65,6 +67,13 @@ class KeyedJagged:
             raise KeyError(f"{key!r} is not among {self.keys}")
         return dict(self.items())[key]
 
+    def measured(self) -> "KeyedJagged":
+        """The same ids with `longest`."""
+        if self.longest is not None or self.lengths is None or not self.keys:
+            return self
+        longest = self.lengths.view(len(self.keys), self.num_rows).amax(1).tolist() if self.num_rows else [0] * len(self.keys)
+        return replace(self, longest=tuple(longest))
+
     def spans(self) -> dict[str, slice]:
         """Where each feature's ids lie in `values`."""
         rows = self.num_rows
@@ -83,8 +92,10 @@ class KeyedJagged:
         values = torch.cat([self.values[:0], *(self.values[spans[key]] for key in keys)])
         if self.lengths is None:
             return KeyedJagged(tuple(keys), values, None, rows)
-        own = self.lengths.view(len(self.keys), rows)[[self.keys.index(key) for key in keys]]
-        return KeyedJagged(tuple(keys), values, own.reshape(-1), rows)
+        places = [self.keys.index(key) for key in keys]
+        own = self.lengths.view(len(self.keys), rows)[places]
+        longest = None if self.longest is None else tuple(self.longest[place] for place in places)
+        return KeyedJagged(tuple(keys), values, own.reshape(-1), rows, longest)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "KeyedJagged":
         lengths = None if self.lengths is None else self.lengths.to(device, non_blocking=non_blocking)
@@ -110,10 +121,11 @@ class Block:
         return self.dense_RF.shape[0]
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Block":
+        sequences = self.sequences if device.type == "cpu" else self.sequences.measured()
         return Block(
             self.single.to(device, non_blocking),
             self.bags.to(device, non_blocking),
-            self.sequences.to(device, non_blocking),
+            sequences.to(device, non_blocking),
             self.dense_RF.to(device, non_blocking=non_blocking),
         )
 

@@ -10,7 +10,7 @@ from ninerank.features.spec import FeatureSpec
 from ninerank.towers.config import ModelConfig, parse_model
 from ninerank.towers.model import RankingModel, TowerShape
 
-__all__ = ["ModelConfig", "build_model", "build_tower", "parse_model"]
+__all__ = ["ModelConfig", "build_model", "build_tower", "model_names", "parse_model"]
 
 _TOWERS = {
     "lr": "lr:LR",
@@ -21,6 +21,15 @@ _TOWERS = {
     "dlrm": "dlrm:DLRM",
     "din": "din:DIN",
 }
+
+
+def model_names() -> tuple[str, ...]:
+    """Names of all models.
+
+    >>> "deepfm" in model_names()
+    True
+    """
+    return tuple(_TOWERS)
 
 
 def build_model(config: ModelConfig, spec: FeatureSpec, embedding_config: EmbeddingConfig, *, seed: int) -> RankingModel:
