@@ -276,7 +276,7 @@ def pair() -> dict[str, Any]:
     return {**compare(), "quantised": quantised(), "refused": refused()}
 
 
-JOBS: dict[str, Callable[..., dict[str, Any]]] = {"pair": pair, "compare": compare, "uneven": uneven}
+JOBS: dict[str, Callable[..., dict[str, Any]]] = {"pair": pair, "uneven": uneven}
 
 
 def main() -> None:

@@ -88,6 +88,15 @@ def test_plans_for_accelerators_need_none(kind):
     assert len(plan.predicted_ms) == 8
 
 
+def test_a_device_for_which_fbgemm_has_no_operators_is_refused():
+    pytest.importorskip("torchrec", reason="needs torchrec")
+    from ninerank.embedding.sharding.torchrec import check_operators
+
+    check_operators("cpu")
+    with pytest.raises(DeviceError, match=r"sharded tables on npu: fbgemm has no permute_2D_sparse_data.*RecSDK"):
+        check_operators("npu")
+
+
 def test_unknown_kinds_are_refused():
     with pytest.raises(SpecError, match="row_wise"):
         ShardingConfig.parse({"tables": {"item": "rowwise"}}, "sharding")

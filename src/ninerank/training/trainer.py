@@ -140,7 +140,7 @@ class Trainer:
         )
         with self.device.autocast(self.recipe.precision == "bf16"):
             logits_BT = self._forward(batch)
-        loss = self._share_of_loss(logits_BT, batch)
+        loss = self._share_of_loss(logits_BT, batch, host_batch)
         # Gradients are averaged over the processes, whose losses are shares of one.
         total = loss * self.processes.world_size
         if collection.config.l2:
@@ -153,13 +153,13 @@ class Trainer:
         collection.finish_step(self.progress.step)
         return loss.detach(), logits_BT.detach()
 
-    def _share_of_loss(self, logits_BT: Tensor, batch: Batch) -> Tensor:
+    def _share_of_loss(self, logits_BT: Tensor, batch: Batch, host_batch: Batch) -> Tensor:
         """This process's part of the loss over the rows of all: the parts add up to the weighted mean. Padding counts for nothing."""
         assert batch.label_BT is not None
         if self.processes.world_size == 1:
             return binary_cross_entropy(logits_BT, batch.label_BT, batch.weight_B, self._task_weights)
         rows = batch.num_real_rows
-        own = float(rows if batch.weight_B is None else batch.weight_B[:rows].sum())
+        own = float(rows if host_batch.weight_B is None else host_batch.weight_B[:rows].sum())
         whole, asked = self.processes.sum(own, bool(self._interrupts.requested))
         self._is_stop_asked = asked > 0
         if not rows or not whole:

@@ -76,13 +76,13 @@ class ShardedOptimizer:
     def grad_norm(self) -> Tensor:
         """L2 norm over all touched rows of all processes, duplicates summed first; a scalar, the same everywhere."""
         self._exchange()
-        own, copied = torch.zeros(2, dtype=torch.float64, device=self._device).unbind()
+        own, copied = torch.zeros(2, device=self._device).unbind()
         for storage in self._storages:
             grad = storage.coalesced()
             if grad is not None:
-                square = torch.linalg.vector_norm(grad.grad_GD).double().square()
+                square = torch.linalg.vector_norm(grad.grad_GD).square()
                 own, copied = (own, copied + square) if storage.is_copy else (own + square, copied)
-        return (global_sum(own) + copied).sqrt().float()
+        return (global_sum(own) + copied).sqrt()
 
     def scale_grad_(self, factor: float | Tensor) -> None:
         """Multiply all gradients; no collective call."""

@@ -33,10 +33,25 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from ninerank.embedding.sharding.plan import Block, Placed, Plan
 from ninerank.embedding.sharding.storage import BlockStorage, Held
+from ninerank.errors import DeviceError
 
-__all__ = ["BestPlan", "Collections", "Features", "MakeStorage", "distribute", "jagged", "quiet", "sharders", "table_name"]
+__all__ = [
+    "BestPlan",
+    "Collections",
+    "Features",
+    "MakeStorage",
+    "check_operators",
+    "distribute",
+    "jagged",
+    "quiet",
+    "sharders",
+    "table_name",
+]
 
 KINDS = [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value, ShardingType.COLUMN_WISE.value, ShardingType.DATA_PARALLEL.value]
+
+# What TorchRec does to ids on their way, on the device that they lie on.
+OPERATORS = ("permute_2D_sparse_data", "block_bucketize_sparse_features", "asynchronous_complete_cumsum", "permute_pooled_embs")
 
 MakeStorage = Callable[[tuple[Held, ...]], BlockStorage]
 
@@ -263,7 +278,11 @@ def distribute(
     quantised: str,
     local_world_size: int,
 ) -> DistributedModelParallel:
-    """Put the collections on the processes of the default group as `plan` says; `placed` maps TorchRec's table names to its places."""
+    """Put the collections on the processes of the default group as `plan` says; `placed` maps TorchRec's table names to its places.
+
+    Raises DeviceError where TorchRec's operators, which come with fbgemm, do not run on the device.
+    """
+    check_operators(device.type)
     set_gradient_division(True)
     warnings.filterwarnings("ignore", message="`torch.distributed.[a-z_]+` is deprecated", category=FutureWarning)  # called by TorchRec
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # warns of a name that TorchRec uses
@@ -283,6 +302,17 @@ def distribute(
             sharders=built,
             init_data_parallel=False,
             init_parameters=False,
+        )
+
+
+def check_operators(device_type: str) -> None:
+    """Raise DeviceError where the fbgemm that is installed brings no kernels for a kind of device: ids could not be sorted by process."""
+    key = {"cpu": "CPU", "cuda": "CUDA", "npu": "PrivateUse1"}[device_type]
+    missing = [name for name in OPERATORS if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fbgemm::{name}", key)]
+    if missing:
+        mend = {"cuda": "pip install 'ninerank[cuda]'", "npu": "install an fbgemm with operators for Ascend, such as RecSDK's"}
+        raise DeviceError(
+            f"sharded tables on {device_type}: fbgemm has no {', '.join(missing)} there; {mend.get(device_type, 'run ninerank doctor')}"
         )
 
 
