@@ -1,0 +1,254 @@
+"""Random models of every kind, compiled with all passes and with each alone: the same scores. Wrong passes are caught."""
+
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from ninerank.fusion.capture import GraphInput, capture, inputs_of
+from ninerank.fusion.compile import CompiledGraph, PassError, PassRecord, compile_graph
+from ninerank.fusion.cost import measure
+from ninerank.fusion.editor import Editor
+from ninerank.fusion.passes import PASSES, Pass
+from ninerank.fusion.single import single_request
+from ninerank.fusion.verify import draw_inputs
+from ninerank.towers.config import parse_model
+from ninerank.towers.model import SequenceShape, TowerShape
+from ninerank.towers.registry import build_tower
+from ninerank.towers.sides import SidedTower
+
+MODELS = ("lr", "fm", "dnn", "deepfm", "dcnv2", "dlrm", "din")
+aten = torch.ops.aten
+
+
+class Drawn:
+    """A random model over random fields, sequences and numbers of both sides, captured."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = rng = random.Random(seed)
+        name = MODELS[seed % len(MODELS)]
+        least = 1 if name in ("din", "dlrm") else 0
+        self.fields = [rng.randint(least, 8), rng.randint(1, 8)]
+        self.dense = [rng.choice([0, 1, 5]), rng.choice([0, 1, 4])]
+        sequences = [f"seq{place}" for place in range(rng.randint(1 if name == "din" else 0, 2))]
+        self.of_request = {sequence for sequence in sequences if rng.random() < 0.7}
+        shapes = tuple(SequenceShape(sequence, rng.randrange(sum(self.fields))) for sequence in sequences)
+        shape = TowerShape(sum(self.fields), sum(self.dense), shapes, rng.choice([1, 1, 3]))
+        self.config = parse_model({"name": name, **self.settings(name)})
+        self.dims = self.config.groups(shape.num_tasks)
+        tower = build_tower(self.config, shape, seed=seed).eval()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            for key, value in tower.state_dict().items():
+                if value.dtype == torch.float32:
+                    drawn = (
+                        torch.rand_like(value) + 0.5
+                        if key.endswith("var")
+                        else torch.randn_like(value) * 0.5 / max(value.shape[-1], 1) ** 0.5
+                    )
+                    value.copy_(drawn)
+        self.module = SidedTower(tower, tuple(self.dims), sorted(self.of_request)).eval()
+        self.inputs = list(self.graph_inputs(sequences))
+        self.graph = capture(self.module, self.inputs)
+
+    def settings(self, name: str) -> dict[str, Any]:
+        rng = self.rng
+
+        def mlp(**kinds: Any) -> dict[str, Any]:
+            hidden = [rng.choice([8, 24, 64]) for _ in range(rng.randint(1, 2))]
+            act = rng.choice(["relu", "gelu", "prelu", "dice"])
+            return {"hidden": hidden, "activation": act, "batch_norm": rng.random() < 0.5, "dropout": rng.choice([0.0, 0.2]), **kinds}
+
+        dim = {"embedding_dim": rng.choice([2, 4, 16])}
+        cross = {"structure": rng.choice(["parallel", "stacked"]), "cross_layers": rng.randint(1, 3), "low_rank": rng.choice([None, 4])}
+        attention = {"attention_hidden": [rng.choice([8, 20]), 4], "attention_activation": rng.choice(["dice", "prelu"])}
+        pooled = {"softmax": rng.random() < 0.5, "attention": rng.choice(["target", "target", "target", "mean"])}
+        return {
+            "lr": {},
+            "fm": dim,
+            "dnn": {**dim, "mlp": mlp()},
+            "deepfm": {**dim, "mlp": mlp()},
+            "dcnv2": {**dim, **cross, "mlp": mlp()},
+            "dlrm": {**dim, "bottom": mlp(hidden=[6]), "top": mlp()},
+            "din": {**dim, **attention, **pooled, "mlp": mlp()},
+        }[name]
+
+    def graph_inputs(self, sequences: list[str]) -> Iterator[GraphInput]:
+        yield GraphInput("dense.request", "request", ("U", self.dense[0]))
+        yield GraphInput("dense.item", "item", ("B", self.dense[1]))
+        yield GraphInput("user_row", "joint", ("B",), torch.int64)
+        for group, dim in self.dims.items():
+            yield GraphInput(f"{group}.request", "request", ("U", self.fields[0], dim))
+            yield GraphInput(f"{group}.item", "item", ("B", self.fields[1], dim))
+            for sequence in sequences:
+                yield self.sequence_input(f"{group}.seq.{sequence}", sequence, dim)
+        for sequence in sequences:
+            yield self.sequence_input(f"mask.{sequence}", sequence)
+
+    def sequence_input(self, name: str, sequence: str, *dim: int) -> GraphInput:
+        is_request = sequence in self.of_request
+        rows = "U" if is_request else "B"
+        return GraphInput(name, "request" if is_request else "item", (rows, f"L.{sequence}", *dim), torch.float32 if dim else torch.bool)
+
+    def batch(self, requests: int, rows: int, length: int, seed: int) -> dict[str, Tensor]:
+        sizes = {"U": requests, "B": rows, "L.seq0": length, "L.seq1": length + 2}
+        return draw_inputs(self.inputs, sizes, torch.Generator().manual_seed(seed))
+
+
+def scores(module: fx.GraphModule, batch: Mapping[str, Tensor]) -> Tensor:
+    with torch.inference_mode():
+        return torch.sigmoid(module(*[batch[given.name] for given in inputs_of(module)]))
+
+
+def check(drawn: Drawn, compiled: CompiledGraph, seed: int) -> None:
+    for requests, rows, length in ((1, 40, 6), (1, 1, 1), (7, 30, 3)):
+        batch = drawn.batch(requests, rows, length, seed)
+        with torch.inference_mode():
+            wanted = torch.sigmoid(drawn.module(batch))
+        assert (scores(drawn.graph, batch) - wanted).abs().max() <= 1e-6
+        assert (scores(compiled.module, batch) - wanted).abs().max() <= 1e-6
+        if requests == 1:
+            assert (scores(single_request(compiled.module), batch) - wanted).abs().max() <= 1e-6
+
+
+def check_models(seeds: range, least: int) -> None:
+    fired, priced = Counter[str](), Counter[str]()
+    for seed in seeds:
+        drawn = Drawn(seed)
+        compiled = compile_graph(drawn.graph, raise_wrong=True)
+        check(drawn, compiled, seed)
+        fired.update(compiled.fired.keys())
+        priced.update({record.name for record in compiled.records if record.withdrawn})
+        assert compiled.after.modelled_us <= compiled.before.modelled_us
+        for own in PASSES:
+            alone = compile_graph(drawn.graph, passes=[own], must_pay=False, raise_wrong=True)
+            if alone.fired:
+                check(drawn, alone, seed)
+    print(f"models on which a pass fired: {dict(fired)}; did not pay: {dict(priced)}")
+    assert all(fired[own.name] >= least for own in PASSES), fired
+
+
+def test_random_models_keep_their_scores() -> None:
+    check_models(range(14), least=1)
+
+
+@pytest.mark.slow
+def test_three_hundred_random_models_keep_their_scores() -> None:
+    check_models(range(1000, 1300), least=10)
+
+
+def drop_a_bias(editor: Editor) -> int:
+    """A wrong pass: a Linear loses its bias."""
+    for node in editor.calls(aten.linear.default):
+        if len(node.args) == 3:
+            with editor.before(node):
+                editor.replace(node, editor.call(aten.linear.default, *node.args[:2]))
+            return 1
+    return 0
+
+
+def break_down(editor: Editor) -> int:
+    raise KeyError("nothing")
+
+
+def slow_down(editor: Editor) -> int:
+    """A right pass that only costs."""
+    (output,) = editor.graph.find_nodes(op="output")
+    (result,) = output.args
+    if result.target is aten.neg.default:
+        return 0
+    with editor.before(output):
+        output.args = (editor.call(aten.neg.default, editor.call(aten.neg.default, result)),)
+    return 1
+
+
+def test_a_wrong_pass_raises_in_tests_and_is_withdrawn_elsewhere() -> None:
+    drawn = Drawn(2)
+    passes = [*PASSES, Pass("planted", drop_a_bias)]
+    with pytest.raises(PassError, match="scores differ"):
+        compile_graph(drawn.graph, passes=passes, raise_wrong=True)
+    compiled = compile_graph(drawn.graph, passes=passes)
+    check(drawn, compiled, 2)
+    (record,) = (r for r in compiled.records if r.name == "planted")
+    assert record.withdrawn
+    assert record.difference > 1e-6
+    assert "scores differ by" in record.why
+    assert compiled.fired == compile_graph(drawn.graph).fired
+
+
+def test_a_pass_that_fails_is_left_out() -> None:
+    drawn = Drawn(2)
+    with pytest.raises(PassError, match="pass planted failed: KeyError"):
+        compile_graph(drawn.graph, passes=[Pass("planted", break_down)], raise_wrong=True)
+    compiled = compile_graph(drawn.graph, passes=[Pass("planted", break_down), *PASSES])
+    assert compiled.records[0].why == "failed: KeyError: 'nothing'"
+    assert compiled.fired["constants"] >= 1
+
+
+def test_a_pass_that_does_not_pay_is_withdrawn() -> None:
+    drawn = Drawn(2)
+    compiled = compile_graph(drawn.graph, passes=[Pass("planted", slow_down)])
+    (record,) = compiled.records
+    assert record.withdrawn
+    assert record.why.startswith("does not pay")
+    assert compiled.module is drawn.graph
+    assert compile_graph(drawn.graph, passes=[Pass("planted", slow_down)], must_pay=False).fired == {"planted": 1}
+
+
+def clamp_an_input(editor: Editor) -> int:
+    """Right on what is drawn at random, wrong where an input is above 5."""
+    (node,) = (node for node in editor.graph.find_nodes(op="placeholder") if node.meta["input"].name == "linear.item")
+    (user,) = node.users
+    if user.target is aten.clamp.default:
+        return 0
+    with editor.before(user):
+        user.replace_input_with(node, editor.call(aten.clamp.default, node, -5, 5))
+    return 1
+
+
+def test_golden_batches_count() -> None:
+    drawn = Drawn(0)
+    planted = [Pass("planted", clamp_an_input)]
+    assert compile_graph(drawn.graph, passes=planted, must_pay=False, raise_wrong=True).fired == {"planted": 1}
+    golden = drawn.batch(2, 5, 3, seed=1)
+    golden["linear.item"][0, 0] = 6.0
+    with pytest.raises(PassError, match="scores differ"):
+        compile_graph(drawn.graph, [golden], passes=planted, must_pay=False, raise_wrong=True)
+
+
+def test_records_are_plain_data() -> None:
+    compiled = compile_graph(Drawn(3).graph)
+    for record in compiled.records:
+        assert PassRecord.model_validate_json(record.model_dump_json()) == record
+    names = {record.name for record in compiled.records}
+    assert names == {own.name for own in PASSES}
+    assert compiled.after == measure(single_request(compiled.module))
+
+
+class Unknown(nn.Module):
+    """Operators that no pass knows, sizes as numbers, and a request side that meets the items late."""
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        user = torch.cumsum(inputs["a.request"], dim=0)[inputs["user_row"]]
+        both = torch.cat([inputs["a.request"].index_select(0, inputs["user_row"]), inputs["b.item"]], dim=1)
+        ranks = torch.zeros(both.shape[0], 3)
+        flipped = both.view(both.shape[0], -1).flip(0)
+        return (user.sum(1, keepdim=True) + torch.logcumsumexp(flipped, 1)[:, -1:] + ranks.sum(1, keepdim=True)) * 0.1
+
+
+def test_what_no_pass_knows_is_left_as_it_is() -> None:
+    inputs = [
+        GraphInput("a.request", "request", ("U", 4)),
+        GraphInput("b.item", "item", ("B", 3)),
+        GraphInput("user_row", "joint", ("B",), torch.int64),
+    ]
+    module = Unknown()
+    graph = capture(module, inputs)
+    compiled = compile_graph(graph, must_pay=False, raise_wrong=True)
+    for sizes in ({"U": 1, "B": 5}, {"U": 4, "B": 9}):
+        batch = draw_inputs(inputs, sizes, torch.Generator().manual_seed(1))
+        assert torch.allclose(compiled.module(*batch.values()), module(batch), atol=1e-6)
