@@ -14,6 +14,8 @@ from ninerank.fusion.kernels.embedding_bag import embedding_bag
 from ninerank.fusion.kernels.embedding_reduce import embedding_reduce
 from ninerank.fusion.kernels.embedding_sequence import embedding_sequence
 from ninerank.fusion.kernels.embedding_update import FTRL, SGD, Adagrad, Adam, RowOptimizer, RowwiseAdagrad, embedding_update
+from ninerank.fusion.kernels.jagged_attention import jagged_attention
+from ninerank.fusion.kernels.jagged_pairs import jagged_pairs
 from ninerank.fusion.kernels.launch import Tile
 from ninerank.fusion.kernels.quantized_rows import quantized_rows, row_bytes
 
@@ -179,3 +181,39 @@ def test_update_refuses_a_row_outside(bad: int) -> None:
     with pytest.raises(IndexError, match="not all in the storage of 4 rows"):
         embedding_update(weight, [], grad, rows, first_row, lr, SGD(), kernel="triton")
     assert bool((weight == 1).all())
+
+
+def _jagged(num_histories: int, dim: int) -> tuple[torch.Tensor, ...]:
+    """Query, key, score, offsets and gradients of pairs and sums; every third history is empty, and one is long."""
+    generator = _draw(num_histories)
+    lengths = torch.randint(0, 5, (num_histories,), generator=generator)
+    lengths[::3] = 0
+    lengths[num_histories // 2 : num_histories // 2 + 1] = 37
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    count = int(offsets[-1])
+    shapes = ((num_histories, dim), (count, dim), (count,), (count, 3 * dim))
+    query, key, score, grad = (torch.randn(shape, generator=generator) for shape in shapes)
+    return query, key, score, offsets, grad, torch.randn(num_histories, dim, generator=generator)
+
+
+@pytest.mark.parametrize("num_histories", [0, 1, 40, BLOCK + 1])
+@pytest.mark.parametrize("dim", [1, 3, 16, 20])
+def test_jagged_operators(num_histories: int, dim: int) -> None:
+    query, key, score, offsets, grad, sum_grad = _jagged(num_histories, dim)
+
+    def run(kernel: str, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
+        values = [value.to(device, dtype).requires_grad_() for value in (query, key, score)]
+        own = offsets.to(device)
+        found = []
+        for out, upstream in (
+            (jagged_pairs(values[0], values[1], own, kernel=kernel), grad),
+            (jagged_attention(values[2], values[1], own, kernel=kernel), sum_grad),
+            (jagged_attention(values[2], values[1], own, softmax=True, kernel=kernel), sum_grad),
+        ):
+            grads = torch.autograd.grad(out, values, upstream.to(device, dtype), allow_unused=True)
+            found += [out.detach(), *(own_grad for own_grad in grads if own_grad is not None)]
+        return [value.cpu().double() for value in found]
+
+    expected = run("torch", torch.device("cpu"), torch.float64)
+    for one, other in zip(run("triton", DEVICE, torch.float32), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=5e-5)

@@ -9,6 +9,8 @@ from typing import Any
 
 from ninerank.fusion.kernels.embedding_bag.triton import gather_kernel, pool_kernel
 from ninerank.fusion.kernels.embedding_update.triton import update_kernel
+from ninerank.fusion.kernels.jagged_attention.triton import attention_kernel, gradient_kernel
+from ninerank.fusion.kernels.jagged_pairs.triton import key_grad_kernel, pair_kernel, query_grad_kernel
 from ninerank.fusion.kernels.launch import Tile
 from ninerank.fusion.kernels.quantized_rows import code_bytes, row_bytes
 from ninerank.fusion.kernels.quantized_rows.triton import quantized_kernel
@@ -34,6 +36,8 @@ def specimens(device_type: str) -> Iterator[Specimen]:
         yield from _lookups(table, dim, shape)
         for optimizer in ("sgd", "adagrad", "rowwise_adagrad", "adam", "ftrl"):
             yield from _updates(table, dim, shape, optimizer)
+    for dim in (1, 10, 16, 64):
+        yield from _jagged(dim, device_type)
     for dim in (1, 15, 16, 64, 512):
         for bits in (8, 4):
             yield from _quantized(dim, bits, device_type)
@@ -69,6 +73,30 @@ def _quantized(dim: int, bits: int, device_type: str) -> Iterator[Specimen]:
         rows = "*i64" if wide else "*i32"
         signature = {"codes": "*u8", "rows": rows, **numbers}
         yield Specimen(f"quantized-int{bits}-{dim}-{rows[1:]}", quantized_kernel, signature, {**shape, "WIDE": wide})
+
+
+def _jagged(dim: int, device_type: str) -> Iterator[Specimen]:
+    tile = Tile.of(dim, device_type)
+    shape = {"DIM": dim, "BLOCK": tile.rows, "COLUMNS": tile.columns, "WIDE": False}
+    counts = {"num_positions": "i32", "num_histories": "i32"}
+    segments = {"starts": "*i32", "lengths": "*i32"}
+
+    def floats(*names: str) -> dict[str, str]:
+        return dict.fromkeys(names, "*fp32")
+
+    by_position = {**floats("query", "key", "grad"), "histories": "*i32", **floats("out", "key_grad")}
+    for name, kernel, signature in (
+        ("pairs", pair_kernel, {**by_position, **counts}),
+        ("pairs-key", key_grad_kernel, {**by_position, **counts}),
+        ("pairs-query", query_grad_kernel, {**floats("grad", "key", "query_grad"), **segments, "num_histories": "i32"}),
+    ):
+        yield Specimen(f"{name}-fp32-{dim}", kernel, {key: signature[key] for key in kernel.arg_names if key in signature}, shape)
+    for softmax in (False, True):
+        name, constants = f"fp32-{dim}{'-softmax' if softmax else ''}", {**shape, "SOFTMAX": softmax}
+        attend = {**floats("score", "key"), **segments, **floats("out", "log_total"), "num_histories": "i32"}
+        yield Specimen(f"attention-{name}", attention_kernel, attend, constants)
+        back = {**floats("grad", "weight", "mean", "key"), "histories": "*i32", **floats("score_grad", "key_grad"), **counts}
+        yield Specimen(f"attention-back-{name}", gradient_kernel, back, constants)
 
 
 def _updates(table: str, dim: int, shape: dict[str, int], optimizer: str) -> Iterator[Specimen]:

@@ -22,7 +22,7 @@ from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.extending import intrinsic
 from torch import Tensor
 
-__all__ = ["CACHE_LINE_BYTES", "as_numpy", "fixed_dim", "jit", "jit_for", "jit_inline", "prefetch", "rows_ahead"]
+__all__ = ["CACHE_LINE_BYTES", "as_numpy", "fixed_dim", "jit", "jit_for", "jit_inline", "prefetch", "rows_ahead", "share_of_histories"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -130,6 +130,17 @@ def as_numpy(tensor: Tensor) -> "np.ndarray[Any, np.dtype[Any]]":
     assert tensor.is_contiguous(), "kernels count elements from the start of an array"
     tensor = tensor.detach()
     return (tensor.view(torch.uint16) if tensor.dtype in (torch.float16, torch.bfloat16) else tensor).numpy()
+
+
+@jit_inline
+def share_of_histories(offsets, thread, num_threads):
+    """First and end of the histories that are one thread's: about as many positions each."""
+    count, positions = offsets.size - 1, np.int64(offsets[offsets.size - 1])
+    first = np.searchsorted(offsets[:count], positions * thread // num_threads)
+    end = count
+    if thread + 1 < num_threads:
+        end = np.searchsorted(offsets[:count], positions * (thread + 1) // num_threads)
+    return first if thread else 0, end
 
 
 @intrinsic
