@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ninerank.embedding.collection import EmbeddingCollection, EmbeddingConfig
 from ninerank.embedding.optimizer import SparseOptimizer, SparseOptimizerConfig, clip_grad_norm_
-from ninerank.embedding.tiers import TierConfig, TieredTable
+from ninerank.embedding.tiers import TierConfig
 from ninerank.features.batch import Batch
-from ninerank.features.spec import Dynamic, FeatureSpec, IdFeature
+from ninerank.features.spec import FeatureSpec
 
 MakeBatch = Callable[..., Batch]
 GROUPS = {"deep": 4, "linear": 1}
@@ -18,24 +18,16 @@ TIERED = ("item", "tags", "hour")
 
 
 def collection(spec: FeatureSpec, cache_rows: int | None) -> EmbeddingCollection:
-    """Static tables, or, with cache_rows, the TIERED ones in tiers (the spec leaves these to whoever manages them)."""
-    config = EmbeddingConfig(init_std=0.3)
-    if cache_rows is None:
-        return EmbeddingCollection(spec, GROUPS, config, seed=0)
-    own = {"encoding": Dynamic()}
-    features = tuple(f.model_copy(update=own) if isinstance(f, IdFeature) and f.table_name in TIERED else f for f in spec.features)
-    managed = EmbeddingCollection(spec.model_copy(update={"features": features}), GROUPS, config, seed=0)
-    for name in TIERED:
-        tier = TierConfig(cache_rows=cache_rows)
-        managed.managed[name] = TieredTable(name, spec.tables[name].num_rows, GROUPS, tier, seed=0, init_std=0.3)
-    return managed
+    """Static tables, or, with cache_rows, the TIERED ones in tiers."""
+    own = {} if cache_rows is None else {name: TierConfig(cache_rows=cache_rows) for name in TIERED}
+    return EmbeddingCollection(spec, GROUPS, EmbeddingConfig(init_std=0.3, tiers=own), seed=0)
 
 
 def tables(embedding: EmbeddingCollection) -> dict[str, Tensor]:
     """Values of the tiered tables, `<group>.<table>`, wherever they lie."""
     if not embedding.managed:
         return {f"{name}.{table}": group.table(table).clone() for name, group in embedding.named_groups() for table in TIERED}
-    states = {table: embedding.managed[table].values_state() for table in TIERED}
+    states = {table: embedding.tiers[table].values_state() for table in TIERED}
     return {f"{group}.{table}": states[table][f"value.{group}"].clone() for group in GROUPS for table in TIERED}
 
 
@@ -68,12 +60,30 @@ def test_trains_as_in_memory(spec: FeatureSpec, make_batch: MakeBatch, kind: str
         torch.testing.assert_close(tables(small)[name], value)
     assert small.table_metrics()["table.item.evictions"] > 0
     assert large.table_metrics()["table.item.evictions"] == 0
+    assert small.state_dict().keys() == static.state_dict().keys()
     small.load_state_dict({name: tensor.clone() for name, tensor in large.state_dict().items()})
     with torch.no_grad():
         for key, value in large(batches[0]).items():
             assert torch.equal(small(batches[0])[key], value), key
     for embedding in (small, large):
-        for name in TIERED:
-            table = embedding.managed[name]
-            assert isinstance(table, TieredTable)
-            table.close()
+        embedding.close()
+
+
+def test_states_that_do_not_fit(spec: FeatureSpec) -> None:
+    embedding = collection(spec, 24)
+    state = dict(collection(spec, None).state_dict())
+    embedding.load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\).*groups\.deep\.item"):
+        embedding.load_state_dict({key: value for key, value in state.items() if key != "groups.deep.item"})
+    with pytest.raises(RuntimeError, match=r"table 'item': 'value\.deep' is torch\.float32 \(2, 4\)"):
+        embedding.load_state_dict(state | {"groups.deep.item": torch.zeros(2, 4)})
+    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\).*groups\.deep\.itm"):
+        embedding.load_state_dict(state | {"groups.deep.itm": torch.zeros(2, 4)})
+    embedding.close()
+
+
+def test_caches_go_where_the_model_goes(spec: FeatureSpec) -> None:
+    embedding = collection(spec, 24)
+    assert {table.device.type for table in embedding.tiers.values()} == {"cpu"}
+    embedding.to("meta")
+    assert {table.device.type for table in embedding.tiers.values()} == {"meta"}

@@ -47,8 +47,8 @@ def weights(run: Path) -> dict[str, bytes]:
 def at_step(trainer: Trainer, step: int, act) -> Trainer:
     inner = trainer.step
 
-    def wrapped(batch):
-        result = inner(batch)
+    def wrapped(*batches):
+        result = inner(*batches)
         if trainer.progress.step + 1 == step:
             act(trainer)
         return result

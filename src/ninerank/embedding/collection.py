@@ -3,7 +3,7 @@
 Shape legend: B scored rows, Fd dense features, Fs pooled fields, L sequence length, D embedding dim of a group.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,10 +16,12 @@ from ninerank.embedding.dynamic.config import DynamicTableConfig
 from ninerank.embedding.dynamic.table import DynamicTable
 from ninerank.embedding.index import BatchIndex, Rows
 from ninerank.embedding.managed import ManagedTable
-from ninerank.embedding.part import SIDES, ManagedRows, Part, pooled_keys, prepared
+from ninerank.embedding.part import SIDES, ManagedRows, Part, ids_of, pooled_keys, prepared
 from ninerank.embedding.quantize import QuantizedGroup, QuantizedTable
 from ninerank.embedding.shard import Shard
 from ninerank.embedding.table import TableGroup, TableLayout
+from ninerank.embedding.tiers.config import TierConfig
+from ninerank.embedding.tiers.table import TieredTable
 from ninerank.errors import CheckpointError, DataError, SpecError, nearest
 from ninerank.features.batch import Batch, Block
 from ninerank.features.spec import FeatureSpec, Side
@@ -34,7 +36,8 @@ class EmbeddingConfig(Config):
     gradient of its full size, as the published reference results need. init_std: rows start from N(0, init_std^2).
     l2: lambda of `(lambda / 2) * ||E||^2` over the whole tables, each step; dense mode alone. sequence_length: sequences are padded
     to the `longest` in the batch, or to their `max` (static shapes). dynamic: admission, eviction and start of dynamic tables, whose
-    init_std is this one unless given there; tables: the same for those it names.
+    init_std is this one unless given there; tables: the same for those it names. tiers: static tables of which the device holds a cache
+    of rows alone; the rest lies in host memory or on disk.
     """
 
     mode: Literal["dense", "sparse"] = "sparse"
@@ -43,6 +46,7 @@ class EmbeddingConfig(Config):
     sequence_length: Literal["longest", "max"] = "longest"
     dynamic: DynamicTableConfig | None = None
     tables: dict[str, DynamicTableConfig] = Field(default_factory=dict)
+    tiers: dict[str, TierConfig] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _l2_needs_dense(self) -> Self:
@@ -55,9 +59,24 @@ class EmbeddingConfig(Config):
         own = self.tables.get(name) or self.dynamic or DynamicTableConfig()
         return own if "init_std" in own.model_fields_set else own.model_copy(update={"init_std": self.init_std})
 
+    @property
+    def untiered(self) -> Self:
+        """The same tables, all of them in memory."""
+        return self.model_copy(update={"tiers": {}})
+
     def check_tables(self, spec: FeatureSpec) -> None:
-        """Raise SpecError for a name in `tables` that is no dynamic table, or dynamic tables in mode `dense`."""
+        """Raise SpecError for a name in `tables` that is no dynamic table, one in `tiers` that is no static table, and for dynamic or
+        tiered tables in mode `dense`.
+        """
         dynamic = [name for name, table in spec.tables.items() if table.is_dynamic]
+        static = [name for name in spec.tables if name not in dynamic]
+        for name in self.tiers:
+            if name in dynamic:
+                raise SpecError(f"embedding.tiers: {name!r} is a dynamic table; a tier holds tables of a fixed size")
+            if name not in static:
+                raise SpecError(f"embedding.tiers: unknown table {name!r}; {nearest(name, static)}")
+        if self.tiers and self.mode == "dense":
+            raise SpecError(f"embedding.tiers ({', '.join(self.tiers)}) needs mode 'sparse': in mode 'dense' every step changes all rows")
         for name in self.tables:
             if name not in dynamic:
                 raise SpecError(f"embedding.tables: {name!r} is no dynamic table of the spec; {nearest(name, dynamic)}")
@@ -69,8 +88,10 @@ class EmbeddingCollection(nn.Module):
     """All tables of a model and the lookup that turns a batch into a tower's inputs.
 
     spec: a fitted spec. groups: dim of each group, e.g. `{"deep": 16, "linear": 1}`; every group holds every table.
-    Static tables are merged in one storage a group; dynamic tables are `managed`, each with a storage of its own.
-    The start values depend on seed, group and table name alone. Raises SpecError for a spec that is not fitted.
+    Static tables are merged in one storage a group; dynamic and tiered tables are `managed`, each with a storage of its own. `tiers` are
+    those of a fixed size: wherever state is named, they stand as if they were static.
+    The start values depend on seed, group and table name alone. Raises SpecError for a spec that is not fitted. Close the collection
+    when it is no longer used: tiered tables have threads and files.
     """
 
     def __init__(self, spec: FeatureSpec, groups: Mapping[str, int], config: EmbeddingConfig, *, seed: int) -> None:
@@ -79,8 +100,8 @@ class EmbeddingCollection(nn.Module):
             raise SpecError("the feature spec is not fitted: vocabularies and table sizes are unknown; fit it on training data first")
         self.config = config
         self.dims = dict(groups)
-        own = {name: table for name, table in spec.tables.items() if table.is_dynamic}
         config.check_tables(spec)
+        own = {name: table for name, table in spec.tables.items() if table.is_dynamic or name in config.tiers}
         self.layout = TableLayout.of({name: table.num_rows for name, table in spec.tables.items() if name not in own})
         self.static = Part(spec, self.layout)
         self.groups = nn.ModuleDict(
@@ -91,19 +112,24 @@ class EmbeddingCollection(nn.Module):
         )
         self.keys = pooled_keys(spec)
         self.managed: dict[str, ManagedTable] = {}
+        self.tiers: dict[str, TieredTable] = {}
         self._parts: dict[str, Part] = {}
         self._expected = {side: (spec.single_keys(side), spec.bag_keys(side), spec.sequence_keys(side)) for side in SIDES}
         for name in own if groups else ():  # `of_tables` brings its own
-            self.manage(spec, DynamicTable(name, groups, config.dynamic_table(name), seed=seed))
+            if name in config.tiers:
+                sizes = (name, own[name].num_rows, groups, config.tiers[name])
+                self.manage(spec, TieredTable(*sizes, seed=seed, init_std=config.init_std))
+            else:
+                self.manage(spec, DynamicTable(name, groups, config.dynamic_table(name), seed=seed))
 
     @classmethod
     def of_tables(
         cls, spec: FeatureSpec, tables: Mapping[str, Tensor | QuantizedTable], config: EmbeddingConfig, managed: Sequence[ManagedTable] = ()
     ) -> Self:
         """Collection over given storages (V, D), one a group, which it shares, and given managed tables; raises SpecError where V is not
-        the spec's, or a managed table of the spec is not given. Quantised tables are read alone.
+        the spec's, or a managed table of the spec is not given. Quantised tables are read alone. Nothing is tiered, whatever config says.
         """
-        collection = cls(spec, {}, config, seed=0)
+        collection = cls(spec, {}, config.untiered, seed=0)
         collection.dims = {name: table.dim if isinstance(table, QuantizedTable) else table.shape[-1] for name, table in tables.items()}
         for name, table in tables.items():
             storage = table.storage_VS if isinstance(table, QuantizedTable) else table
@@ -127,6 +153,29 @@ class EmbeddingCollection(nn.Module):
         """Look the features of `table.name` up in this table."""
         self.managed[table.name] = table
         self._parts[table.name] = Part(spec, TableLayout.of({table.name: 0}))
+        if isinstance(table, TieredTable):
+            self.tiers[table.name] = table
+            for _, group in self.named_groups():
+                group.elsewhere |= {table.name}
+
+    @property
+    def by_id(self) -> dict[str, ManagedTable]:
+        """Managed tables whose state is by id and of any length: all but the tiered ones."""
+        return {name: table for name, table in self.managed.items() if name not in self.tiers}
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether it is of use to `announce` batches."""
+        return any(table.config.prefetch for table in self.tiers.values())
+
+    def announce(self, batch: Batch) -> None:
+        """Tell tiered tables which batch comes next, on the host and as `prepare` will be given it; they read its rows ahead.
+
+        Call it on the thread that trains, after `prepare` of the batch before. A wrong announcement, or none, costs time alone.
+        """
+        for name, table in self.tiers.items():
+            if table.config.prefetch:
+                table.prefetch(ids_of(batch, self._parts[name]))
 
     def prepare(self, batch: Batch, *, step: int | None = None) -> Batch:
         """The batch with rows in place of the ids of managed tables; on the host, before it is moved. step: of training, None to read.
@@ -144,6 +193,11 @@ class EmbeddingCollection(nn.Module):
         """End training step number `step`: managed tables age, and may give up rows."""
         for table in self.managed.values():
             table.finish_step(step)
+
+    def close(self) -> None:
+        """Give up what managed tables hold beside memory: threads and files. They are of no use afterwards."""
+        for table in self.managed.values():
+            table.close()
 
     def table_metrics(self) -> dict[str, float]:
         """Figures of managed tables: `table.<name>.<figure>`."""
@@ -247,14 +301,27 @@ class EmbeddingCollection(nn.Module):
         return [(name, group) for name, group in self.groups.items() if isinstance(group, TableGroup)]
 
     def static_state(self, *, reading: bool = False) -> dict[str, Tensor | Shard]:
-        """Values of all static tables under `groups.<group>.<table>`, for a checkpoint, or to be filled from one (`reading`)."""
+        """Values of all static and tiered tables under `groups.<group>.<table>`, for a checkpoint, or to be filled from one (`reading`)."""
         state: dict[str, Tensor | Shard] = self.groups.state_dict(prefix="groups.")
+        for name, table in self.tiers.items():
+            columns = table.state_to_fill() if reading else table.values_state()
+            state.update({f"groups.{group}.{name}": columns[f"value.{group}"] for group in table.dims})
         return state
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """`to(device)` and its like: the caches of tiered tables go along."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for table in self.tiers.values():
+            table.move_to(fn(torch.empty(0)).device)
+        return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, table in self.managed.items():
+        for name, table in self.by_id.items():
             destination.update({f"{prefix}managed.{name}.{key}": value for key, value in table.values_state().items()})
+        for name, tier in self.tiers.items():
+            values = tier.values_state()
+            destination.update({f"{prefix}groups.{group}.{name}": values[f"value.{group}"] for group in tier.dims})
 
     def _load_from_state_dict(
         self,
@@ -267,13 +334,21 @@ class EmbeddingCollection(nn.Module):
         error_msgs: list[str],
     ) -> None:
         for name, table in self.managed.items():
-            start = f"{prefix}managed.{name}."
+            if name in self.tiers:
+                named = {f"{prefix}groups.{group}.{name}": f"value.{group}" for group in table.dims}
+                missing_keys.extend(key for key in named if key not in state_dict)
+                if not named.keys() <= state_dict.keys():
+                    continue
+                values = {own: state_dict[key] for key, own in named.items()}
+            else:
+                start = f"{prefix}managed.{name}."
+                values = {key.removeprefix(start): value for key, value in state_dict.items() if key.startswith(start)}
             try:
-                table.load_values({key.removeprefix(start): value for key, value in state_dict.items() if key.startswith(start)})
+                table.load_values(values)
             except CheckpointError as error:
                 error_msgs.append(str(error))
         if strict:
-            known = tuple(f"{prefix}managed.{name}." for name in self.managed)
+            known = tuple(f"{prefix}managed.{name}." for name in self.by_id)
             unexpected_keys.extend(key for key in state_dict if key.startswith(f"{prefix}managed.") and not key.startswith(known))
 
     def l2_penalty(self) -> Tensor:

@@ -69,3 +69,6 @@ class ManagedTable(Protocol):
 
     def metrics(self) -> dict[str, float]:
         """Figures about the table, by name."""
+
+    def close(self) -> None:
+        """Give up threads and files, if it has any; it is not used afterwards. May be called twice, and in the middle of a step."""

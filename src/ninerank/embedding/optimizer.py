@@ -84,7 +84,7 @@ class SparseOptimizer:
         self.lr_scale = 1.0
         self._rule = config.rule
         self._groups = collection.named_groups() if collection.layout.names else []
-        self._managed = collection.managed
+        self._managed, self._tiers = collection.managed, collection.tiers
         layout = collection.layout
         device = self._groups[0][1].storage.device if self._groups else torch.device("cpu")
         self._device = device
@@ -144,18 +144,29 @@ class SparseOptimizer:
         for table in self._managed.values():
             table.update(self.lr_scale)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Plain tensors under `<group>.<table>.<state>`, views of the state; managed tables keep theirs (`ManagedTable.state`)."""
-        return {
+    def state_dict(self, *, reading: bool = False) -> dict[str, Tensor]:
+        """Plain tensors under `<group>.<table>.<state>`, views of the state; reading: to be filled in place.
+
+        Tables whose state is by id keep theirs (`ManagedTable.state`).
+        """
+        found = {
             f"{name}.{table}.{key}": value[rows]
             for name, group in self._groups
             for key, value in self._state[name].items()
             for table, rows in group.layout.items()
         }
+        for name, tier in self._tiers.items():
+            columns = tier.state_to_fill() if reading else tier.state()
+            places = [(group, key) for group in tier.dims for key in self._rule.state_names]
+            found |= {f"{group}.{name}.{key}": columns[f"state.{group}.{key}"] for group, key in places}
+        return found
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take a state as `state_dict` gives it, in any order of tables; raises CheckpointError and changes nothing if it does not fit."""
-        own = self.state_dict()
+        """Take a state as `state_dict` gives it, in any order of tables, or such views after they were filled.
+
+        Raises CheckpointError and changes nothing if it does not fit.
+        """
+        own = self.state_dict(reading=True)
         for key in sorted(own.keys() ^ state.keys()):
             where = "is missing" if key in own else f"is not of this optimizer ({self.config.kind})"
             raise CheckpointError(f"sparse optimizer state: {key!r} {where}; {len(own)} tensors are needed, {len(state)} were given")
@@ -164,7 +175,8 @@ class SparseOptimizer:
                 met, needed = tuple(state[key].shape), tuple(value.shape)
                 raise CheckpointError(f"sparse optimizer state: {key!r} has shape {met}, {needed} is needed")
         for key, value in own.items():
-            value.copy_(state[key])
+            if value.data_ptr() != state[key].data_ptr():
+                value.copy_(state[key])
 
 
 def sparse_optimizer(collection: EmbeddingCollection, config: SparseOptimizerConfig) -> SparseOptimizer:

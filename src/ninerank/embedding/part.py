@@ -16,9 +16,10 @@ from ninerank.embedding.table import TableLayout
 from ninerank.features.batch import Batch, Block
 from ninerank.features.spec import FeatureSpec, IdFeature, SequenceFeature, Side
 
-__all__ = ["SIDES", "ManagedRows", "Part", "pooled_keys", "prepared"]
+__all__ = ["SIDES", "ManagedRows", "Part", "ids_of", "pooled_keys", "prepared"]
 
 SIDES: tuple[Side, ...] = ("request", "item")
+KINDS = ("single", "bags", "sequences")
 
 
 def pooled_keys(spec: FeatureSpec) -> tuple[str, ...]:
@@ -87,10 +88,20 @@ class ManagedRows:
         return pool_rows(self.rows(row_N), offsets, num_features, mean_F)
 
 
+def ids_of(batch: Batch, part: Part) -> Tensor:
+    """All ids (N,) of a part's features."""
+    found = []
+    for side in SIDES:
+        for kind in KINDS:
+            ids, keys = getattr(getattr(batch, side), kind), getattr(getattr(part, side), kind).keys
+            spans = ids.spans() if keys else {}
+            found += [ids.values[spans[key]] for key in keys]
+    return torch.cat(found)
+
+
 def prepared(batch: Batch, tables: Collection[tuple[ManagedTable, Part]], *, step: int | None) -> Batch:
     """The batch with rows in place of the ids of managed tables, each told all of its ids in one call."""
-    kinds = ("single", "bags", "sequences")
-    parts = {(side, kind): getattr(getattr(batch, side), kind) for side in SIDES for kind in kinds}
+    parts = {(side, kind): getattr(getattr(batch, side), kind) for side in SIDES for kind in KINDS}
     spans = {place: ids.spans() for place, ids in parts.items()}
     values = {place: ids.values.clone() for place, ids in parts.items()}
     for table, part in tables:
@@ -101,7 +112,7 @@ def prepared(batch: Batch, tables: Collection[tuple[ManagedTable, Part]], *, ste
             values[place][span] = rows
 
     def block(side: Side) -> Block:
-        single, bags, sequences = (replace(parts[side, kind], values=values[side, kind]) for kind in kinds)
+        single, bags, sequences = (replace(parts[side, kind], values=values[side, kind]) for kind in KINDS)
         own: Block = getattr(batch, side)
         return replace(own, single=single, bags=bags, sequences=sequences)
 

@@ -76,6 +76,7 @@ class TableGroup(nn.Module):
     """All tables at one embedding dim, in one storage of `layout.total_rows` rows.
 
     `state_dict` holds one tensor per table, under the table's name, so that it does not depend on the order of the tables.
+    elsewhere: tables of this group that lie in storages of their own, and load themselves from a state that names them here.
     """
 
     def __init__(self, name: str, layout: TableLayout, storage_VD: Tensor, *, sparse: bool) -> None:
@@ -86,6 +87,7 @@ class TableGroup(nn.Module):
         self.sparse = sparse
         self.storage = nn.Parameter(storage_VD, requires_grad=not sparse)
         self.gradients = PendingGradients()
+        self.elsewhere: frozenset[str] = frozenset()
 
     @classmethod
     def drawn(cls, name: str, layout: TableLayout, dim: int, *, sparse: bool, init_std: float, seed: int) -> "TableGroup":
@@ -150,5 +152,5 @@ class TableGroup(nn.Module):
             with torch.no_grad():
                 self.storage[rows].copy_(value)
         if strict:
-            known = {prefix + table for table in self.layout.names}
+            known = {prefix + table for table in (*self.layout.names, *self.elsewhere)}
             unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key not in known)

@@ -88,12 +88,8 @@ class ModelOptimizer:
             self.sparse.step()
 
     def state_dict(self, *, reading: bool = False) -> dict[str, Any]:
-        """State of both; of sharded tables this process's blocks, all that it holds when they are to be filled in place (`reading`)."""
-        sparse: dict[str, Any] | None = None
-        if isinstance(self.sparse, ShardedOptimizer):
-            sparse = dict(self.sparse.state_dict(reading=reading))
-        elif self.sparse is not None:
-            sparse = dict(self.sparse.state_dict())
+        """State of both; of sharded tables this process's blocks, all that it holds. reading: what of tables is to be filled in place."""
+        sparse = None if self.sparse is None else dict(self.sparse.state_dict(reading=reading))
         return {"kind": self.config.kind, "dense": None if self.dense is None else self.dense.state_dict(), "sparse": sparse}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -36,6 +36,7 @@ def build_for(recipe: Recipe, spec: FeatureSpec, device: Device, processes: Proc
         check_sharding(spec, groups, recipe.sharding, processes.world_size)
     if processes.world_size == 1:
         return build_model(recipe.model, spec, recipe.embedding, seed=recipe.seed).to(device.torch_device)
+    _check_untiered(recipe)
     dynamic = [name for name, table in spec.tables.items() if table.is_dynamic]
     if dynamic:
         raise SpecError(f"dynamic tables ({', '.join(dynamic)}) are trained by one process; give them a hashed encoding for several")
@@ -58,8 +59,16 @@ def build_for(recipe: Recipe, spec: FeatureSpec, device: Device, processes: Proc
     return RankingModel(embedding, tower)
 
 
+def _check_untiered(recipe: Recipe) -> None:
+    if recipe.embedding.tiers:
+        tables = ", ".join(recipe.embedding.tiers)
+        raise SpecError(f"embedding.tiers ({tables}): tiered tables are trained by one process; shard them over several, without tiers")
+
+
 def plan_for(recipe: Recipe, num_processes: int) -> Plan:
     """How the tables of a recipe would lie over that many processes on one host; an unfitted spec is fitted first."""
+    if num_processes > 1:
+        _check_untiered(recipe)
     from ninerank.embedding.sharding import make_plan, row_bytes
 
     device = Device.resolve(recipe.device)

@@ -38,6 +38,7 @@ FREE_TO_CHANGE = (
     "checkpoint",
     "log",
     "device",
+    "embedding.tiers",
     "sharding",
     "data.dir",
     "data.prefetch",
@@ -47,7 +48,7 @@ FREE_TO_CHANGE = (
 
 @dataclass(frozen=True)
 class Run:
-    """A trained run: best weights in a model on the CPU, in evaluation mode."""
+    """A trained run: best weights in a model on the CPU, in evaluation mode; tiered tables lie in memory like all others."""
 
     directory: Path
     model: RankingModel
@@ -147,7 +148,7 @@ def load_run(run_dir: str | Path) -> Run:
     run = RunDir(Path(run_dir))
     recipe, spec = run.recipe(), run.spec()
     weights = BestWeights(run.best, spec_digest=spec.digest).load()
-    model = build_model(recipe.model, spec, recipe.embedding, seed=recipe.seed)
+    model = build_model(recipe.model, spec, recipe.embedding.untiered, seed=recipe.seed)
     load_weights(model, weights, str(run.best))
     metrics = read_mapping(run.metrics_path) if run.metrics_path.is_file() else {}
     return Run(run.path, model.eval(), spec, recipe, metrics)

@@ -6,7 +6,7 @@ Shape legend: B rows, T tasks.
 import logging
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
@@ -16,18 +16,16 @@ from rich.console import Console
 from torch import Tensor
 
 from ninerank.device import Device
-from ninerank.embedding.shard import Shard
 from ninerank.embedding.sharding.collection import ShardedEmbeddingCollection
 from ninerank.errors import CheckpointError, DeviceError, SpecError
 from ninerank.features.batch import Batch
 from ninerank.features.spec import FeatureSpec
-from ninerank.training.checkpoint import BestWeights, Checkpoint, CheckpointStore, PerProcess, load_weights
-from ninerank.training.checkpoint.managed import managed_tree, read_managed
+from ninerank.training.checkpoint import BestWeights, Checkpoint, CheckpointStore, PerProcess
 from ninerank.training.checkpoint.peers import Peers
-from ninerank.training.checkpoint.tree import Tree
 from ninerank.training.display import Display, Stage
 from ninerank.training.history import History
 from ninerank.training.interrupt import Interrupts, TrainingInterrupted
+from ninerank.training.lookahead import with_next
 from ninerank.training.loss import binary_cross_entropy, check_task_weights
 from ninerank.training.optimizer import ModelOptimizer
 from ninerank.training.parallel import agree_on_buffers, build_for, tower_averaged
@@ -36,9 +34,10 @@ from ninerank.training.prefetch import Prefetch
 from ninerank.training.processes import Processes
 from ninerank.training.recipe import Recipe
 from ninerank.training.run import RunDir
+from ninerank.training.saved import fill, fill_best, tensors_of
 from ninerank.training.schedule import EarlyStopping, is_gain
 from ninerank.training.scoring import measure
-from ninerank.training.state import flatten, generator_state, reseed, restore, restore_generators
+from ninerank.training.state import generator_state, reseed, restore_generators
 from ninerank.training.window import Window
 
 __all__ = ["Progress", "Trainer"]
@@ -109,17 +108,27 @@ class Trainer:
             raise SpecError("schedule.early_stopping.metric: 'gauc' needs a `group` column in the spec; it names none")
         self._peers = Peers()
         self._on_first(lambda: self.run.reopen(self.recipe) if resume else self.run.create(self.recipe, overwrite=overwrite))
-        with self.display:
-            self._prepare(resume)
+        self._tables = ExitStack()
+        try:
+            with self.display:
+                self._prepare(resume)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the model's tables; `fit` does so at its end."""
+        self._tables.close()
 
     def fit(self) -> dict[str, Any]:
-        """Train, keep the best epoch, test it; returns what `metrics.json` says.
+        """Train, keep the best epoch, test it; returns what `metrics.json` says. The trainer is closed then, also after an error.
 
         Raises TrainingInterrupted after SIGINT or SIGTERM, once a checkpoint is saved.
         """
         started_s = time.monotonic()
         keep = self.progress.step
         with (
+            self._tables,
             self.display,
             self._open_history(keep) as self._history,
             self._interrupts.caught(),
@@ -130,10 +139,16 @@ class Trainer:
                 self._end_epoch()
             return self._report(time.monotonic() - started_s)
 
-    def step(self, host_batch: Batch) -> tuple[Tensor, Tensor]:
-        """One optimizer step on one labelled batch on the host; returns the loss (scalar) and the logits (B, T), detached."""
+    def step(self, host_batch: Batch, following: Batch | None = None) -> tuple[Tensor, Tensor]:
+        """One optimizer step on one labelled batch on the host; returns the loss (scalar) and the logits (B, T), detached.
+
+        following: the batch of the next step, where it is known already.
+        """
         schedule, collection = self.recipe.schedule, self.model.embedding
-        batch = collection.prepare(host_batch, step=self.progress.step).to(self.device.torch_device, non_blocking=True)
+        batch = collection.prepare(host_batch, step=self.progress.step)
+        if following is not None:
+            collection.announce(following)
+        batch = batch.to(self.device.torch_device, non_blocking=True)
         assert batch.label_BT is not None
         self._lr = self.optimizer.set_lr(
             schedule.lr, step=self.progress.step, total_steps=self._total_steps, reductions=self.progress.reductions
@@ -177,10 +192,11 @@ class Trainer:
             self.display.stage(f"epoch {progress.epoch + 1}/{schedule.epochs}", self.train.num_rows) as stage,
         ):
             stage.advance(progress.batch * self.train.batch_size)
-            for batch in batches:
+            pairs = with_next(batches) if self.model.embedding.looks_ahead else ((batch, None) for batch in batches)
+            for batch, following in pairs:
                 if progress.step == schedule.max_steps:
                     break
-                loss, logits_BT = self.step(batch)
+                loss, logits_BT = self.step(batch, following)
                 progress.batch += 1
                 progress.step += 1
                 window.add(loss, logits_BT, batch)
@@ -233,10 +249,7 @@ class Trainer:
     def _report(self, seconds: float) -> dict[str, Any]:
         """Test the best epoch's weights and write `metrics.json`."""
         progress = self.progress
-        if self._is_sharded:
-            self.best.open().read({"model": self.model.static_state(reading=True)})
-        else:
-            load_weights(self.model, self.best.load(), str(self.run.best))
+        fill_best(self.best, self.model, in_place=self._is_sharded or bool(self.model.embedding.tiers))
         metrics: dict[str, Any] = {"valid": progress.best_metrics}
         if self.recipe.data.test is not None:
             metrics["test"] = self._measure(self._split("test"), "test")
@@ -303,14 +316,19 @@ class Trainer:
         self.device.activate()
         torch.manual_seed(recipe.seed + self.processes.rank)
         self.model = build_for(recipe, self.spec, self.device, self.processes)
+        self._tables.callback(self.model.embedding.close)
         self._forward = tower_averaged(self.model, self.device, self.processes)
         if isinstance(self.model.embedding, ShardedEmbeddingCollection):
             self.display.print(self.model.embedding.plan.tables())
         self.optimizer = ModelOptimizer(self.model.tower, self.model.embedding, recipe.optimizer)
         policy = recipe.checkpoint
+        is_on_disk = any(tier.placement == "disk" for tier in recipe.embedding.tiers.values())  # no copy in memory of what may not fit it
         # Each with peers of its own: a save goes on in the background while others talk.
         self.store = CheckpointStore(
-            self.run.checkpoints, keep_last=policy.keep_last, spec_digest=self.spec.digest, asynchronous=policy.asynchronous
+            self.run.checkpoints,
+            keep_last=policy.keep_last,
+            spec_digest=self.spec.digest,
+            asynchronous=policy.asynchronous and not is_on_disk,
         )
         self.best = BestWeights(self.run.best, spec_digest=self.spec.digest)
         self.train, self.valid = self._split("train"), self._split("valid")
@@ -347,28 +365,17 @@ class Trainer:
 
     def _save(self) -> Path:
         agree_on_buffers(self.model, self.processes)
-        optimizer: dict[str, Any] = {}
-        state = {
-            "progress": asdict(self.progress),
-            "optimizer": flatten(self.optimizer.state_dict(), "state", optimizer),
-            "train": self._data_state(),
-        }
-        tree: Tree = {
-            "model": self.model.static_state(),
-            "optimizer": optimizer,
-            **managed_tree(self.model.embedding.managed),
-            "random": PerProcess(generator_state(self.device.torch_device)),
-        }
-        return self.store.save(self.progress.step, tree, state)
+        tensors, optimizer = tensors_of(self.model, self.optimizer)
+        state = {"progress": asdict(self.progress), "optimizer": optimizer, "train": self._data_state()}
+        random = PerProcess(generator_state(self.device.torch_device))
+        return self.store.save(self.progress.step, tensors | {"random": random}, state)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         where, state = str(checkpoint.directory), checkpoint.state
         train = self._data_state()
         if state["train"] != train:
             raise CheckpointError(f"{where}: was saved over training data {state['train']}, they are now {train}: their order would differ")
-        checkpoint.read({"model": self.model.static_state(reading=True)})
-        self.optimizer.load_state_dict(restore(state["optimizer"], self._optimizer_tensors(checkpoint)))
-        read_managed(checkpoint, self.model.embedding.managed)
+        fill(checkpoint, state["optimizer"], self.model, self.optimizer)
         self.progress = Progress(**state["progress"])
         generators = checkpoint.own("random")
         if generators is None:
@@ -376,17 +383,6 @@ class Trainer:
         else:
             restore_generators(self.device.torch_device, generators)
         log.info("resumed from %s: epoch %d, batch %d", where, self.progress.epoch + 1, self.progress.batch)
-
-    def _optimizer_tensors(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
-        """The optimizer's tensors of a checkpoint, in those it has; of sharded tables each process reads its own blocks."""
-        own: dict[str, Any] = {}
-        flatten(self.optimizer.state_dict(reading=True), "state", own)
-        shards = {name: value for name, value in own.items() if isinstance(value, Shard)}
-        if not shards:
-            return checkpoint.section("optimizer", into=own)
-        dense = {f"state.dense.{name}": value for name, value in checkpoint.section("optimizer.state.dense").items()}
-        checkpoint.read({"optimizer": {**dense, **shards}})
-        return dense | {name: shard.tensor for name, shard in shards.items()}
 
     def _stop(self) -> NoReturn:
         # Between epochs everything is saved already, and during the test the model holds the best weights, not the last ones.

@@ -366,6 +366,9 @@ class DynamicTable:
         rows = self.storage.live()
         return rows[np.argsort(self.storage.book["id"][rows])]
 
+    def close(self) -> None:
+        """There is nothing but memory."""
+
     def statistics(self) -> DynamicTableStatistics:
         """Size and traffic so far."""
         capacities = [policy.max_rows for policy in self.config.eviction if isinstance(policy, Capacity)]

@@ -61,6 +61,8 @@ class ShardedEmbeddingCollection(EmbeddingCollection):
         dynamic = [name for name, table in spec.tables.items() if table.is_dynamic]
         if dynamic:
             raise SpecError(f"dynamic tables ({', '.join(dynamic)}) are trained by one process; give them a hashed encoding to shard them")
+        if config.tiers:
+            raise SpecError(f"embedding.tiers ({', '.join(config.tiers)}): tiered tables are trained by one process")
         if sharding.quantised_comms == "bf16" and machine.kind == "cpu":
             raise SpecError("sharding.quantised_comms: gloo does not add bf16; on cpu take fp16 or none")
         super().__init__(spec, {}, config, seed=seed)

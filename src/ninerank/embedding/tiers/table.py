@@ -255,6 +255,17 @@ class TieredTable:
         """
         return self._columns("")
 
+    def state_to_fill(self) -> dict[str, Tensor]:
+        """`state`, to be written to: the device forgets its rows, so that from here on the table is what is written there.
+
+        Nothing is lost if nothing is written. Raises RuntimeError in the middle of a step.
+        """
+        self._check_between_steps("a state is loaded")
+        columns = self._columns("")
+        self._end_reading()
+        self._cache.clear()
+        return columns
+
     def _columns(self, only: str) -> dict[str, Tensor]:
         store, cache = self._open()
         cache.flush()
