@@ -49,7 +49,7 @@ def spec() -> FeatureSpec:
         labels=("click",),
         features=(
             IdFeature(name="user", role="user", encoding=Hashed(num_buckets=36)),
-            IdFeature(name="city", role="context", encoding=Hashed(num_buckets=2)),
+            IdFeature(name="city", role="context", encoding=Hashed(num_buckets=1)),
             IdFeature(name="likes", role="user", encoding=Hashed(num_buckets=20), table="tag", multi=True, pooling="mean"),
             IdFeature(name="recent", role="user", encoding=Hashed(num_buckets=52), table="item", multi=True, pooling="sum"),
             SequenceFeature(name="history", role="user", of="item", max_length=6),

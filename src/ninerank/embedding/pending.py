@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ninerank.fusion.kernels import registry
 from ninerank.fusion.kernels.embedding_update import RowOptimizer
 from ninerank.fusion.lookup import LookupGrad
 
@@ -54,10 +55,19 @@ class PendingGradients:
             own = torch.as_tensor(factor, dtype=torch.float32, device=self._parts[0].grad_GD.device)
             self._factor = own if self._factor is None else self._factor * own
 
-    def apply(self, weight_RD: Tensor, state: list[Tensor], first_row_T: Tensor, lr_T: Tensor, optimizer: RowOptimizer) -> None:
+    def apply(
+        self,
+        weight_RD: Tensor,
+        state: list[Tensor],
+        first_row_T: Tensor,
+        lr_T: Tensor,
+        optimizer: RowOptimizer,
+        *,
+        kernel: str = registry.AUTO,
+    ) -> None:
         """Update the touched rows of a storage and their state in place; the gradients stay until `clear`."""
         if self:
-            LookupGrad.merged(self._parts).apply(weight_RD, state, first_row_T, lr_T, optimizer, grad_scale=self._factor)
+            LookupGrad.merged(self._parts).apply(weight_RD, state, first_row_T, lr_T, optimizer, grad_scale=self._factor, kernel=kernel)
 
 
 def _without(grad: LookupGrad, row: int) -> LookupGrad:

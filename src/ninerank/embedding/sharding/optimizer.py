@@ -94,25 +94,24 @@ class ShardedOptimizer:
         """Update the touched rows; call `zero_grad` before the next backward."""
         self._exchange()
         for storage, state, lr_T in zip(self._storages, self._state, self._lr_T, strict=True):
-            grad = storage.coalesced()
-            if grad is None:
-                continue
             if self._needs_whole_rows and storage.is_column_wise:
-                self._update_columns(storage, state, lr_T * self.lr_scale, grad)
+                self._update_columns(storage, state, lr_T * self.lr_scale)
             else:
-                grad.apply(
-                    *(storage.weight, list(state.values()), storage.first_row_T, lr_T * self.lr_scale, self._rule), kernel=storage.kernel
-                )
+                own = (storage.weight, list(state.values()), storage.first_row_T, lr_T * self.lr_scale, self._rule)
+                storage.gradients.apply(*own, kernel=storage.kernel)
 
     @property
     def _needs_whole_rows(self) -> bool:
         return isinstance(self._rule, RowwiseAdagrad) or self._rule.max_row_norm is not None
 
-    def _update_columns(self, storage: BlockStorage, state: Mapping[str, Tensor], lr_T: Tensor, grad: LookupGrad) -> None:
+    def _update_columns(self, storage: BlockStorage, state: Mapping[str, Tensor], lr_T: Tensor) -> None:
         """The rule with what it asks of a whole row added up over the row's shards.
 
         All processes hold equal column blocks of the same tables and see the ids of all, so that their touched rows are the same.
         """
+        grad = storage.coalesced()
+        if grad is None:
+            return
         rule, row_K, grad_KD = self._rule, grad.rows_N.long(), grad.grad_GD
         if rule.max_gradient is not None:
             grad_KD = grad_KD.clamp(-rule.max_gradient, rule.max_gradient)
