@@ -19,7 +19,16 @@ from ninerank.predictor.engine import Engine
 from ninerank.towers.model import RankingModel
 
 Rows = Callable[..., pa.RecordBatch]
-FILES = ["golden.parquet", "graph.json", "spec.json", "tables/deep.safetensors", "tables/linear.safetensors", "weights.safetensors"]
+FILES = [
+    "golden.parquet",
+    "graph.json",
+    "source.json",
+    "source.safetensors",
+    "spec.json",
+    "tables/deep.safetensors",
+    "tables/linear.safetensors",
+    "weights.safetensors",
+]
 
 
 @pytest.fixture
@@ -132,7 +141,8 @@ def test_sealed_nonsense_is_named(copy: Path, name: str, content: bytes) -> None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 99}, "has bundle format 99, this version reads 1"),
+        ({"format": 1}, "has bundle format 1, this version reads 2; export the model again"),
+        ({"format": 99}, "has bundle format 99, this version reads 2"),
         ({"model_version": "../x"}, "model_version"),
         ({"groups": "deep"}, "groups"),
         ({"surprise": 1}, "surprise"),
@@ -180,7 +190,7 @@ def test_export_gives_the_model_back_as_it_was(model: RankingModel, spec: Featur
         export_bundle(model, spec, log_rows(3), tmp_path / "a", model_name="small", version="8", progress=told.append)
         assert model.training
         assert model.tower.training
-        assert len(told) == 4
+        assert len(told) == 5
     finally:
         model.eval()
     Engine.load(tmp_path / "a", device="cpu")

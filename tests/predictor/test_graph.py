@@ -10,20 +10,33 @@ from torch import Tensor, nn
 from ninerank.embedding.collection import EmbeddingCollection, EmbeddingConfig
 from ninerank.errors import BundleError
 from ninerank.features.spec import FeatureSpec
-from ninerank.predictor.graph import DenseGraph, build_graph, export_graph
+from ninerank.fusion.capture import GraphInput, capture, inputs_of
+from ninerank.fusion.compile import compile_graph
+from ninerank.fusion.verify import draw_inputs
+from ninerank.predictor.graph import DenseGraph, build_graph, describe_graph, export_graph
 from ninerank.towers.config import parse_model
 from ninerank.towers.registry import build_model
+from ninerank.towers.sides import SidedTower
 
 CPU = torch.device("cpu")
 
 
-def inputs_of(rows: int, length: int, dims: dict[str, int], num_fields: int, num_dense: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(rows * 1000 + length)
-    inputs = {"dense": torch.randn(rows, num_dense, generator=generator)}
+def sides_of(sizes: dict[str, int], inputs: list[GraphInput]) -> dict[str, Tensor]:
+    return draw_inputs(inputs, sizes, torch.Generator().manual_seed(sum(sizes.values())))
+
+
+def inputs_for(dims: dict[str, int]) -> list[GraphInput]:
+    """Three fields and a number on either side, and a history."""
+    inputs = [
+        GraphInput("dense.request", "request", ("U", 1)),
+        GraphInput("dense.item", "item", ("B", 1)),
+        GraphInput("user_row", "joint", ("B",), torch.int64),
+        GraphInput("mask.history", "request", ("U", "L.history"), torch.bool),
+    ]
     for group, dim in dims.items():
-        inputs[group] = torch.randn(rows, num_fields, dim, generator=generator)
-        inputs[f"{group}.seq.history"] = torch.randn(rows, length, dim, generator=generator)
-    inputs["mask.history"] = torch.rand(rows, length, generator=generator) < 0.7
+        inputs.append(GraphInput(f"{group}.request", "request", ("U", 3, dim)))
+        inputs.append(GraphInput(f"{group}.item", "item", ("B", 3, dim)))
+        inputs.append(GraphInput(f"{group}.seq.history", "request", ("U", "L.history", dim)))
     return inputs
 
 
@@ -37,14 +50,27 @@ def test_every_model_is_exported_exactly(name: str, spec: FeatureSpec) -> None:
     for parameter in model.tower.parameters():
         nn.init.normal_(parameter, std=0.3)
     dims = config.groups(1)
-    graph = export_graph(model.tower, inputs_of(2, 3, dims, 6, 2))
+    inputs = inputs_for(dims)
+    tower = SidedTower(model.tower, tuple(dims), ["history"])
+    graph = export_graph(tower, inputs)
     module = build_graph(DenseGraph(graph.text, graph.weights), CPU)
+    assert inputs_of(module) == inputs
     with torch.inference_mode():
-        for rows in (1, 2, 3, 64):
+        for requests, rows in ((1, 1), (1, 64), (3, 2), (5, 64)):
             for length in (1, 2, 8):
-                inputs = inputs_of(rows, length, dims, 6, 2)
-                scores = torch.sigmoid(module(*[inputs[key] for key in graph.inputs]))
-                assert (scores - torch.sigmoid(model.tower(inputs))).abs().max() <= 1e-6
+                sides = sides_of({"U": requests, "B": rows, "L.history": length}, inputs)
+                scores = torch.sigmoid(module(*sides.values()))
+                assert (scores - torch.sigmoid(tower(sides))).abs().max() <= 1e-6
+
+
+def test_a_graph_that_was_read_is_written_as_it_was(spec: FeatureSpec) -> None:
+    model = build_model(parse_model({"name": "dcnv2", "embedding_dim": 4}), spec, EmbeddingConfig(), seed=1).eval()
+    compiled = compile_graph(capture(SidedTower(model.tower, ["deep"], ["history"]), inputs_for({"deep": 4})))
+    graph = describe_graph(compiled.module)
+    again = describe_graph(build_graph(graph, CPU))
+    assert again.text == graph.text
+    assert again.weights.keys() == graph.weights.keys()
+    assert all(torch.equal(value, graph.weights[name]) for name, value in again.weights.items())
 
 
 class Odd(nn.Module):
@@ -67,13 +93,20 @@ class Odd(nn.Module):
         ]
 
 
+ODD_INPUTS = [
+    GraphInput("dense", "item", ("B", 4)),
+    GraphInput("deep.seq.h", "item", ("B", "L.h", 3)),
+    GraphInput("mask.h", "item", ("B", "L.h"), torch.bool),
+]
+
+
 def odd_inputs(rows: int, length: int) -> dict[str, Tensor]:
     return {"dense": torch.randn(rows, 4), "deep.seq.h": torch.randn(rows, length, 3), "mask.h": torch.ones(rows, length, dtype=torch.bool)}
 
 
 def test_constants_sizes_and_writes_in_place_survive() -> None:
     tower = Odd().eval()
-    graph = export_graph(tower, odd_inputs(2, 2))
+    graph = export_graph(tower, ODD_INPUTS)
     module = build_graph(graph, CPU)
     for rows, length in ((1, 1), (5, 1), (1, 6), (33, 4)):
         inputs = odd_inputs(rows, length)
@@ -82,7 +115,7 @@ def test_constants_sizes_and_writes_in_place_survive() -> None:
 
 
 def test_the_file_holds_no_paths_and_no_code() -> None:
-    text = export_graph(Odd().eval(), odd_inputs(2, 2)).text
+    text = export_graph(Odd().eval(), ODD_INPUTS).text
     assert ".py" not in text
     assert "/" not in text
     assert {node["op"].partition(".")[0] for node in json.loads(text)["nodes"]} <= {"aten", "operator", "torch"}
@@ -108,7 +141,7 @@ class Counting(nn.Module):
 @pytest.mark.parametrize(("tower", "message"), [(Branching(), "cannot take tower Branching"), (Counting(), "changes its own state")])
 def test_towers_that_are_no_graph_are_refused(tower: nn.Module, message: str) -> None:
     with pytest.raises(BundleError, match=message):
-        export_graph(tower, {"dense": torch.randn(2, 4)})
+        export_graph(tower, ODD_INPUTS[:1])
 
 
 def node(op: str, *args: Any, name: str = "n", **kwargs: Any) -> dict[str, Any]:
@@ -116,12 +149,19 @@ def node(op: str, *args: Any, name: str = "n", **kwargs: Any) -> dict[str, Any]:
 
 
 X = {"input": "dense"}
+ITEM = {"name": "dense", "role": "item", "dims": ["B"], "dtype": "float32"}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "has format 2, this version reads 1"),
+        ({"format": 1}, "has format 1, this version reads 2"),
+        ({"inputs": ["dense"]}, "malformed"),
+        ({"inputs": [{**ITEM, "role": "driver"}]}, "is no input"),
+        ({"inputs": [{**ITEM, "dtype": "load"}]}, "is no input"),
+        ({"inputs": [{**ITEM, "dims": [-1]}]}, "is no input"),
+        ({"inputs": [{"name": "dense"}]}, "malformed"),
+        ({"nodes": [node("aten.relu.default", {"weight": 'a"); import os; ("'})]}, "is no name of a weight"),
         ({"nodes": [node("torch.load", "/etc/passwd")]}, "operator 'torch.load' is unknown here or not allowed"),
         ({"nodes": [node("aten.from_file.default", "/etc/passwd")]}, "not allowed"),
         ({"nodes": [node("aten.add_.Tensor", X, X)]}, "not allowed"),
@@ -139,10 +179,17 @@ X = {"input": "dense"}
     ],
 )
 def test_files_that_ask_for_more_are_refused(change: dict[str, Any], message: str) -> None:
-    sound = {"format": 1, "inputs": ["dense"], "nodes": [node("aten.relu.default", X)], "output": {"ref": "n"}}
+    sound = {"format": 2, "inputs": [ITEM], "nodes": [node("aten.relu.default", X)], "output": {"ref": "n"}}
     assert build_graph(DenseGraph(json.dumps(sound), {}), CPU)(torch.tensor([-1.0])).item() == 0
     with pytest.raises(BundleError, match=message):
         build_graph(DenseGraph(json.dumps({**sound, **change}), {}), CPU)
+
+
+def test_weights_may_have_names_that_are_words_of_python() -> None:
+    nodes = [node("aten.add.Tensor", {"weight": "mlp.0.in"}, {"weight": "mlp.0"})]
+    text = json.dumps({"format": 2, "inputs": [ITEM], "nodes": nodes, "output": {"ref": "n"}})
+    weights = {"mlp.0.in": torch.tensor([1.0]), "mlp.0": torch.tensor([2.0])}
+    assert build_graph(DenseGraph(text, weights), CPU)(torch.zeros(1)).item() == 3
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "nonsense", "[" * 100_000])

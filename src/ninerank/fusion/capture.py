@@ -6,6 +6,7 @@ The graph has one placeholder an input, in their order, with the `GraphInput` as
 that the module gives them. Sizes that are names stand for any size, the same wherever the name is the same.
 """
 
+import keyword
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -79,7 +80,8 @@ def inputs_of(module: fx.GraphModule) -> list[GraphInput]:
 
 
 def add_weight(module: nn.Module, name: str, tensor: Tensor) -> str:
-    """Store a weight under a dotted name, made unique where it is taken; returns the name."""
+    """Store a weight under a dotted name, made one that Python can read and unique where it is taken; returns the name."""
+    name = ".".join(f"{part}_" if keyword.iskeyword(part) else part for part in name.split("."))
     unique, number = name, 1
     while _is_taken(module, unique):
         unique, number = f"{name}_{number}", number + 1

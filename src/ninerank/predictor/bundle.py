@@ -2,8 +2,10 @@
 
     manifest.json          model, version, SHA-256 and size of every other file, versions of what made it
     spec.json              the feature spec with its fitted state
-    graph.json             the dense graph (see graph.py)
+    graph.json             the dense graph, compiled (see graph.py and fusion)
     weights.safetensors    the graph's weights
+    source.json            the dense graph before the compiler, what other backends and later versions start from
+    source.safetensors     weights that it reads besides
     tables/<group>.safetensors   the merged embedding tables of one group, mapped into memory when loaded
     ids/<table>.safetensors      the raw ids of a dynamic table in rising order: id i has row i + 1 of the table
     golden.parquet         rows with the scores that the trained model gave them
@@ -37,13 +39,18 @@ from ninerank.embedding.dynamic.frozen import freeze
 from ninerank.embedding.quantize import TableDtype, check_dtype, quantize_group
 from ninerank.embedding.table import TableLayout
 from ninerank.errors import BundleError, DataError, SpecError
+from ninerank.features.batch import Batch
 from ninerank.features.spec import FeatureSpec, Side
 from ninerank.features.transform import Transform
 from ninerank.files import creating
-from ninerank.predictor.graph import DenseGraph, export_graph
+from ninerank.fusion.capture import capture
+from ninerank.fusion.compile import CompiledGraph, compile_graph
+from ninerank.fusion.roles import USER_ROW
+from ninerank.predictor.graph import DenseGraph, describe_graph
 from ninerank.predictor.manifest import FileEntry, Manifest, check_label, hash_file
 from ninerank.predictor.request import RequestSchema
 from ninerank.towers.model import RankingModel
+from ninerank.towers.sides import SidedTower, graph_inputs
 
 if TYPE_CHECKING:
     from ninerank.predictor.engine import Engine
@@ -55,6 +62,7 @@ __all__ = ["ROUNDING_TOLERANCE", "Bundle", "Golden", "export_bundle"]
 ROUNDING_TOLERANCE = 1e-5
 MOST_DIFFERENCE: dict[TableDtype, float] = {"fp32": 1e-5, "fp16": 1e-2, "int8": 1e-1, "int4": 0.5}
 SPEC, GRAPH, WEIGHTS, GOLDEN = "spec.json", "graph.json", "weights.safetensors", "golden.parquet"
+SOURCE, SOURCE_WEIGHTS = "source.json", "source.safetensors"
 TABLES, IDS = "tables", "ids"
 
 
@@ -70,13 +78,15 @@ class Golden:
 class Bundle:
     """A bundle whose checksums and digest hold; its golden scores are checked by the engine that will serve it.
 
-    tables: (V, D) of each group, or what it is quantised to, mapped from the file. ids: int64 (I,) of each dynamic table, mapped too.
+    graph: compiled; source: before the compiler. tables: (V, D) of each group, or what it is quantised to, mapped from the file.
+    ids: int64 (I,) of each dynamic table, mapped too.
     """
 
     directory: Path
     manifest: Manifest
     spec: FeatureSpec
     graph: DenseGraph
+    source: DenseGraph
     tables: dict[str, Tensor]
     ids: dict[str, Tensor]
     golden: Golden
@@ -99,15 +109,16 @@ class Bundle:
             raise BundleError(str(error)) from None
         if spec.digest != manifest.spec_digest:
             raise BundleError(f"{root / SPEC}: has digest {spec.digest}, the bundle was made for {manifest.spec_digest}")
-        with _naming(root / GRAPH):
-            text = (root / GRAPH).read_text(encoding="utf-8")
+        weights = _read_tensors(root / WEIGHTS)
+        graph = DenseGraph(_read_text(root / GRAPH), weights)
+        source = DenseGraph(_read_text(root / SOURCE), {**weights, **_read_tensors(root / SOURCE_WEIGHTS)})
         tables = {group: _read_tensor(root / TABLES / f"{group}.safetensors", "rows") for group in manifest.groups}
         dynamic = {name for name, table in spec.tables.items() if table.is_dynamic}
         if manifest.dynamic.keys() != dynamic:
             raise BundleError(f"{root}: holds ids of the tables {sorted(manifest.dynamic)}, dynamic in the spec are {sorted(dynamic)}")
         ids = {table: _read_tensor(root / IDS / f"{table}.safetensors", "ids") for table in manifest.dynamic}
         golden = _read_golden(root / GOLDEN, spec)
-        return cls(root, manifest, spec, DenseGraph(text, _read_tensors(root / WEIGHTS)), tables, ids, golden)
+        return cls(root, manifest, spec, graph, source, tables, ids, golden)
 
 
 def export_bundle(
@@ -146,14 +157,10 @@ def export_bundle(
             rows = _golden_rows(spec, golden)
             batch = model.embedding.prepare(Transform(spec).batch(rows, labels=False)).to(next(model.parameters()).device)
             with torch.inference_mode():
-                inputs = model.embedding(batch)
-                scores_BT = torch.sigmoid(model.tower(inputs)).to(torch.float32).cpu().numpy()
-            say("capturing the dense graph")
-            graph = export_graph(model.tower, {key: value.cpu() for key, value in inputs.items()})
+                scores_BT = torch.sigmoid(model(batch)).to(torch.float32).cpu().numpy()
+            compiled = _write_graphs(directory, model, spec, batch, say)
             say("writing tables")
             spec.save(directory / SPEC)
-            (directory / GRAPH).write_text(graph.text, encoding="utf-8")
-            save_file(graph.weights, directory / WEIGHTS)
             stored, ids = _write_tables(directory, model.embedding, spec, dtype)
             _write_golden(directory / GOLDEN, rows, scores_BT)
             manifest = Manifest(
@@ -166,6 +173,9 @@ def export_bundle(
                 dynamic={name: len(id_I) for name, id_I in ids.items()},
                 sequence_length=model.embedding.config.sequence_length,
                 table_dtypes=stored,
+                passes=compiled.records,
+                graph_before=compiled.before,
+                graph_after=compiled.after,
                 golden_tolerance=MOST_DIFFERENCE[dtype],
                 versions=_versions(),
                 files=_entries(directory),
@@ -180,6 +190,30 @@ def export_bundle(
     finally:
         model.train(was_training)
     return manifest
+
+
+def _write_graphs(directory: Path, model: RankingModel, spec: FeatureSpec, batch: Batch, say: Callable[[str], None]) -> CompiledGraph:
+    """Capture the tower over apart sides, compile it, and write the graph before and after."""
+    say("capturing the dense graph")
+    with torch.inference_mode():
+        rows = {key: value.cpu().clone() for key, value in model.embedding.sides(batch).items()}
+    sequences = spec.sequence_keys("request")
+    inputs = graph_inputs(rows, sequences)
+    source = capture(SidedTower(model.tower, tuple(model.embedding.dims), sequences), inputs)
+    say("compiling the dense graph")
+    of_one = {given.name: rows[given.name][:1] if given.role == "request" else rows[given.name] for given in inputs}
+    compiled = compile_graph(source, [rows, {**of_one, USER_ROW: torch.zeros_like(rows[USER_ROW])}])
+    before, after = describe_graph(source), describe_graph(compiled.module)
+    (directory / GRAPH).write_text(after.text, encoding="utf-8")
+    (directory / SOURCE).write_text(before.text, encoding="utf-8")
+    save_file(after.weights, directory / WEIGHTS)
+    others = {name: value for name, value in before.weights.items() if not _is_same(value, after.weights.get(name))}
+    save_file(others, directory / SOURCE_WEIGHTS)
+    return compiled
+
+
+def _is_same(first: Tensor, second: Tensor | None) -> bool:
+    return second is not None and first.dtype == second.dtype and torch.equal(first, second)
 
 
 def _write_tables(
@@ -250,6 +284,11 @@ def _read_golden(file: Path, spec: FeatureSpec) -> Golden:
     if scores_BT.shape[1] != len(spec.labels):
         raise BundleError(f"{file}: holds scores of {scores_BT.shape[1]} tasks, the spec has {len(spec.labels)}")
     return Golden(rows, scores_BT)
+
+
+def _read_text(file: Path) -> str:
+    with _naming(file):
+        return file.read_text(encoding="utf-8")
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:

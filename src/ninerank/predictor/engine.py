@@ -1,6 +1,7 @@
 """The engine: a bundle in memory that turns requests into scores.
 
-    RankInput -> transform (the user's row once) -> raw ids to rows -> lookup (the user's rows once) -> dense graph -> sigmoid -> scores
+    RankInput -> transform (the user's row once) -> raw ids to rows -> lookup (the user's rows once) -> compiled dense graph
+    -> sigmoid -> scores
 
 Shape legend: B rows, N candidates, T tasks.
 """
@@ -22,6 +23,8 @@ from ninerank.embedding.quantize import QuantizedTable, check_dtype
 from ninerank.errors import BundleError, DataError, RequestError, SpecError
 from ninerank.features.batch import Batch
 from ninerank.features.transform import Transform
+from ninerank.fusion.capture import inputs_of
+from ninerank.fusion.single import single_request
 from ninerank.predictor.bundle import ROUNDING_TOLERANCE, Bundle
 from ninerank.predictor.graph import build_graph
 from ninerank.predictor.rawids import RawIds, lookup_spec
@@ -47,7 +50,8 @@ class Engine:
         self._raw_ids = _raw_ids(bundle)
         self._embedding = _collection(bundle, device)
         self._graph = build_graph(bundle.graph, device.torch_device)
-        self._inputs = bundle.graph.inputs
+        self._graph_of_one = single_request(self._graph)
+        self._inputs = tuple(given.name for given in inputs_of(self._graph))
 
     @classmethod
     def load(cls, bundle_dir: str | Path, device: str = "auto") -> "Engine":
@@ -111,9 +115,10 @@ class Engine:
     def _scores(self, batch: Batch, start_ns: int) -> tuple[npt.NDArray[np.float32], StageTimes]:
         transformed = time.perf_counter_ns()
         with torch.inference_mode():
-            inputs = self._embedding(self._raw_ids.rows(batch).to(self.device.torch_device), check=False)
+            inputs = self._embedding.sides(self._raw_ids.rows(batch).to(self.device.torch_device), check=False)
             looked_up = time.perf_counter_ns()
-            logits_BT = self._graph(*[inputs[key] for key in self._inputs])
+            graph = self._graph_of_one if batch.request.num_rows == 1 else self._graph
+            logits_BT = graph(*[inputs[key] for key in self._inputs])
             scores_BT = torch.sigmoid(logits_BT.to(torch.float32)).cpu().numpy()
         done = time.perf_counter_ns()
         times = StageTimes((transformed - start_ns) // 1000, (looked_up - transformed) // 1000, (done - looked_up) // 1000)

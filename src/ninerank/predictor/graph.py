@@ -4,30 +4,34 @@ torch.export's own archive holds pickled sample inputs, may hold pickled weights
 Python when it is loaded. A bundle may come from anywhere, so its graph is kept in a form of our own that can express
 tensors, numbers and operators of two namespaces, and nothing else. It is also smaller, and free of the exporter's paths.
 
-    {"format": 1, "inputs": ["dense", "deep"],
-     "nodes": [{"name": "linear", "op": "aten.linear.default", "args": [{"ref": "dense"}, {"weight": "mlp.0.weight"}], "kwargs": {}}],
+    {"format": 2, "inputs": [{"name": "dense.item", "role": "item", "dims": ["B", 4], "dtype": "float32"}],
+     "nodes": [{"name": "linear", "op": "aten.linear.default", "args": [{"input": "dense.item"}, {"weight": "mlp.weight"}], "kwargs": {}}],
      "output": {"ref": "linear"}}
+
+Inputs are those of `EmbeddingCollection.sides`, with the role and the sizes that the compiler (`fusion`) works from.
 """
 
 import json
 import math
 import operator
 import re
-import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, fx, nn
 
 from ninerank.errors import BundleError
+from ninerank.fusion.capture import GraphInput, add_weight, capture, inputs_of
+from ninerank.fusion.roles import Role
 
-__all__ = ["DenseGraph", "build_graph", "export_graph"]
+__all__ = ["DenseGraph", "build_graph", "describe_graph", "export_graph"]
 
-FORMAT = 1
-MAX_DIM = 2**31 - 1
+FORMAT = 2
+MAX_SIZE = 2**31
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}")
+_WEIGHT = re.compile(r"[A-Za-z0-9_]{1,200}(\.[A-Za-z0-9_]{1,200}){0,50}")
 _NAMESPACES = ("aten", "ninerank")
 _BUILTINS: dict[str, Any] = {
     **{
@@ -43,79 +47,33 @@ _TORCH_TYPES: dict[str, type] = {"dtype": torch.dtype, "layout": torch.layout, "
 
 @dataclass(frozen=True)
 class DenseGraph:
-    """A tower as data. inputs: names of the tower's input tensors, in calling order. weights: by qualified name."""
+    """A graph as data. weights: by qualified name, those that the graph reads and perhaps others."""
 
     text: str
     weights: dict[str, Tensor]
 
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        return tuple(json.loads(self.text)["inputs"])
 
+def export_graph(module: nn.Module, inputs: Sequence[GraphInput]) -> DenseGraph:
+    """Capture `module`, which takes a mapping of tensors, for any number of requests and rows and any sequence length.
 
-class _Positional(nn.Module):
-    """A tower that takes its inputs one by one, in the order of `keys`."""
-
-    def __init__(self, tower: nn.Module, keys: tuple[str, ...]) -> None:
-        super().__init__()
-        self.tower = tower
-        self.keys = keys
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        logits: Tensor = self.tower(dict(zip(self.keys, inputs, strict=True)))
-        return logits
-
-
-def export_graph(tower: nn.Module, inputs: Mapping[str, Tensor]) -> DenseGraph:
-    """Capture `tower` (in eval mode) for any number of rows and any sequence length.
-
-    inputs: one example; its first dimension is the batch, and the second of `*.seq.*` and `mask.*` is a length.
-    Raises BundleError for a tower that torch.export cannot take, or that uses operators a bundle cannot hold.
+    Raises BundleError for a module that torch.export cannot take, or that uses operators a bundle cannot hold.
     """
-    keys = tuple(inputs)
-    rows = torch.export.Dim("rows", min=1, max=MAX_DIM)
-    lengths: dict[str, tuple[int, Any]] = {}
-    examples, dynamic = [], []
-    for key, tensor in inputs.items():
-        shape, dims = [3, *tensor.shape[1:]], {0: rows}
-        if ".seq." in key or key.startswith("mask."):
-            # The example's length is no factor of anything else, so that the exporter does not take it for a constant.
-            name = key.rpartition(".seq.")[2].removeprefix("mask.")
-            length = lengths.setdefault(name, (7 + len(lengths), torch.export.Dim(f"length_{len(lengths)}", min=1, max=MAX_DIM)))
-            shape[1], dims[1] = length
-        examples.append(torch.zeros(shape, dtype=tensor.dtype))
-        dynamic.append(dims)
-    module = _Positional(tower, keys).eval()
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.export warns of its own internals
-            program = torch.export.export(module, tuple(examples), dynamic_shapes=(tuple(dynamic),), strict=False)
-            if any(isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable for n in program.graph.nodes):
-                program = program.run_decompositions({})  # decomposes nothing, but turns what writes in place into what does not
-    except Exception as error:
-        raise BundleError(f"torch.export cannot take tower {type(tower).__name__}: {str(error).strip().splitlines()[0]}") from error
-    return _describe(program, keys)
+    return describe_graph(capture(module, inputs))
 
 
-def _describe(program: torch.export.ExportedProgram, keys: tuple[str, ...]) -> DenseGraph:
-    signature = program.graph_signature
-    if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
-        raise BundleError(f"the graph changes its own state ({sorted(signature.buffers_to_mutate.values())}); a served graph must not")
-    stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
-    user_keys = dict(zip(signature.user_inputs, keys, strict=True))
+def describe_graph(module: fx.GraphModule) -> DenseGraph:
+    """A captured graph, changed by passes or not, as data; raises BundleError for what a bundle cannot hold."""
     nodes: list[dict[str, Any]] = []
     weights: dict[str, Tensor] = {}
     references: dict[str, dict[str, str]] = {}
     output: Any = None
-    for node in program.graph.nodes:
-        if node.op == "placeholder" and node.name in user_keys:
-            references[node.name] = {"input": user_keys[node.name]}
-        elif node.op == "placeholder" and node.name in stored:
-            name = stored[node.name]
-            references[node.name] = {"weight": name.removeprefix("tower.")}
-            if node.users:
-                tensor = program.state_dict[name] if name in program.state_dict else program.constants[name]
-                weights[name.removeprefix("tower.")] = tensor.detach().to("cpu").clone().contiguous()
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            references[node.name] = {"input": node.meta["input"].name}
+        elif node.op == "get_attr":
+            name = str(node.target)
+            references[node.name] = {"weight": name}
+            weights[name] = _attribute(module, name).detach().to("cpu").contiguous()
         elif node.op == "call_function":
             references[node.name] = {"ref": node.name}
             nodes.append(
@@ -127,11 +85,24 @@ def _describe(program: torch.export.ExportedProgram, keys: tuple[str, ...]) -> D
                 }
             )
         elif node.op == "output":
-            (output,) = (_describe_argument(a, references) for a in node.args[0])
+            output = _describe_argument(node.args[0], references)
         else:
             raise BundleError(f"the graph has a node {node.op} {node.target}, which a bundle cannot hold")
-    text = json.dumps({"format": FORMAT, "inputs": list(keys), "nodes": nodes, "output": output}, indent=1, allow_nan=False)
+    inputs = [_describe_input(given) for given in inputs_of(module)]
+    text = json.dumps({"format": FORMAT, "inputs": inputs, "nodes": nodes, "output": output}, indent=1, allow_nan=False)
     return DenseGraph(text, weights)
+
+
+def _attribute(module: nn.Module, name: str) -> Tensor:
+    value: Any = module
+    for part in name.split("."):
+        value = getattr(value, part)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _describe_input(given: GraphInput) -> dict[str, Any]:
+    return {"name": given.name, "role": given.role, "dims": list(given.dims), "dtype": str(given.dtype).removeprefix("torch.")}
 
 
 def _operator_name(target: Any) -> str:
@@ -165,7 +136,7 @@ def _describe_argument(value: Any, references: Mapping[str, dict[str, str]]) -> 
 
 
 def build_graph(graph: DenseGraph, device: torch.device) -> fx.GraphModule:
-    """Module that takes the graph's inputs one by one and returns logits_BT.
+    """Module that takes the graph's inputs one by one, in the order of `inputs_of`, and returns logits_BT.
 
     Raises BundleError for text that is not such a graph: unknown operators, operators that write in place or read
     files, names that are not names, missing weights.
@@ -188,8 +159,11 @@ class _Builder:
         self.weights = graph.weights
 
     def build(self) -> fx.GraphModule:
-        for position, key in enumerate(self.data["inputs"]):
-            self.values["input", key] = self.graph.placeholder(f"input_{position}")
+        for position, described in enumerate(self.data["inputs"]):
+            given = _input(described)
+            made = self.graph.placeholder(f"input_{position}")
+            made.meta["input"] = given
+            self.values["input", given.name] = made
         for node in self.data["nodes"]:
             for name in (node["name"], *node["kwargs"]):
                 if not _NAME.fullmatch(name):
@@ -223,10 +197,20 @@ class _Builder:
 
     def weight(self, name: str) -> fx.Node:
         if ("weight", name) not in self.values:
-            attribute = f"weight_{sum(kind == 'weight' for kind, _ in self.values)}"
-            self.root.register_buffer(attribute, self.weights[name].to(self.device))
-            self.values["weight", name] = self.graph.get_attr(attribute)
+            if not _WEIGHT.fullmatch(name):
+                raise BundleError(f"dense graph: {name!r} is no name of a weight")
+            own = add_weight(self.root, name, self.weights[name].to(self.device))
+            self.values["weight", name] = self.graph.create_node("get_attr", own)
         return self.values["weight", name]
+
+
+def _input(described: Any) -> GraphInput:
+    name, role, dims, dtype = (described[key] for key in ("name", "role", "dims", "dtype"))
+    is_sound = isinstance(name, str) and role in get_args(Role) and all(isinstance(dim, str) or 0 <= dim < MAX_SIZE for dim in dims)
+    found = getattr(torch, dtype)
+    if not is_sound or not isinstance(found, torch.dtype):
+        raise BundleError(f"dense graph: {described!r:.200} is no input")
+    return GraphInput(name, role, tuple(dims), found)
 
 
 def _operator(name: str) -> Any:

@@ -12,11 +12,13 @@ from pydantic import Field, ValidationError
 from ninerank.config import Config
 from ninerank.errors import BundleError
 from ninerank.files import sha256
+from ninerank.fusion.compile import PassRecord
+from ninerank.fusion.cost import Cost
 
 __all__ = ["MANIFEST", "FileEntry", "Manifest", "check_label", "hash_file"]
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 MAX_MANIFEST_BYTES = 16 << 20
 _PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?")
 Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -38,6 +40,7 @@ class Manifest(Config):
     groups: dim of each group of tables. dynamic: number of ids of each dynamic table. tasks: label columns, in the order of the model's
     outputs. precision: of the tables and the graph as trained. table_dtypes: what the tables of a group are stored in (fp32, fp16, int8,
     int4); fp32 where it is not named.
+    passes: what the graph compiler did; graph_before, graph_after: what the graph cost for one request before and after.
     golden_difference: largest difference between the bundle's golden scores and the trained model's, seen when it was made.
     golden_tolerance: largest difference at which it still counts as answering as it did then.
     """
@@ -53,6 +56,9 @@ class Manifest(Config):
     sequence_length: str
     precision: str = "float32"
     table_dtypes: dict[str, str] = Field(default_factory=dict)
+    passes: tuple[PassRecord, ...] = ()
+    graph_before: Cost = Cost()
+    graph_after: Cost = Cost()
     golden_difference: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     golden_tolerance: float = Field(gt=0, allow_inf_nan=False)
     versions: dict[str, str]
@@ -79,7 +85,7 @@ class Manifest(Config):
         if not isinstance(content, dict):
             raise BundleError(f"{file}: holds {type(content).__name__} at the top, a mapping is needed")
         if content.get("format") != FORMAT:
-            raise BundleError(f"{file}: has bundle format {content.get('format')!r}, this version reads {FORMAT}")
+            raise BundleError(f"{file}: has bundle format {content.get('format')!r}, this version reads {FORMAT}; export the model again")
         digest = content.pop("digest", None)
         if digest != _digest(content):
             raise BundleError(f"{file}: its content has digest {_digest(content)}, it says {digest!r}; the file was changed")

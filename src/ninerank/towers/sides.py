@@ -13,7 +13,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["SidedTower", "joined"]
+from ninerank.fusion.capture import REQUESTS, ROWS, GraphInput
+from ninerank.fusion.roles import USER_ROW
+
+__all__ = ["SidedTower", "graph_inputs", "joined"]
 
 
 def joined(sides: Mapping[str, Tensor], groups: Sequence[str], request_sequences: Sequence[str]) -> dict[str, Tensor]:
@@ -46,3 +49,16 @@ class SidedTower(nn.Module):
         """sides: as `EmbeddingCollection.sides` gives them."""
         logits_BT: Tensor = self.tower(joined(sides, self.groups, self.request_sequences))
         return logits_BT
+
+
+def graph_inputs(sides: Mapping[str, Tensor], request_sequences: Sequence[str]) -> list[GraphInput]:
+    """What a graph of sides needs to know of its inputs: side, sizes that differ from call to call, type. sides: one example."""
+    inputs = []
+    for key, value in sides.items():
+        is_sequence = ".seq." in key or key.startswith("mask.")
+        name = key.rpartition(".seq.")[2].removeprefix("mask.")
+        is_request = name in request_sequences if is_sequence else key.endswith(".request")
+        lengths: tuple[int | str, ...] = (f"L.{name}", *value.shape[2:]) if is_sequence else tuple(value.shape[1:])
+        dims = (REQUESTS if is_request else ROWS, *lengths)
+        inputs.append(GraphInput(key, "joint" if key == USER_ROW else "request" if is_request else "item", dims, value.dtype))
+    return inputs
