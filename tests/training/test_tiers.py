@@ -174,11 +174,13 @@ def test_the_next_batch_is_announced_and_max_steps_holds(make_recipe, tmp_path):
     assert metrics["tables"]["table.tags.prefetched"] == 0
 
 
-def test_threads_and_files_end_with_the_run(make_recipe, tmp_path):
+def test_threads_and_files_end_with_the_run(make_recipe, tmp_path, monkeypatch):
     scratch = tmp_path / "scratch"
-    recipe = make_recipe("schedule.epochs=1", tiers("disk", scratch, item=40))
+    monkeypatch.setenv("SCRATCH", str(scratch))
+    recipe = make_recipe("schedule.epochs=1", tiers("disk", Path("$SCRATCH"), item=40))
     Trainer(recipe, tmp_path / "one").fit()
     assert not list(scratch.iterdir())
+    assert RunDir(tmp_path / "one").recipe().embedding.tiers["item"].directory == str(scratch)
     trainer = Trainer(recipe, tmp_path / "two")
     with pytest.raises(SpecError, match="in use by another process or table"):  # two runs in one place
         Trainer(recipe, tmp_path / "three")

@@ -4,6 +4,7 @@ Shape legend: B scored rows, Fd dense features, Fs pooled fields, L sequence len
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
@@ -196,8 +197,9 @@ class EmbeddingCollection(nn.Module):
 
     def close(self) -> None:
         """Give up what managed tables hold beside memory: threads and files. They are of no use afterwards."""
-        for table in self.managed.values():
-            table.close()
+        with ExitStack() as tables:
+            for table in self.managed.values():
+                tables.callback(table.close)
 
     def table_metrics(self) -> dict[str, float]:
         """Figures of managed tables: `table.<name>.<figure>`."""
@@ -312,7 +314,9 @@ class EmbeddingCollection(nn.Module):
         """`to(device)` and its like: the caches of tiered tables go along."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for table in self.tiers.values():
-            table.move_to(fn(torch.empty(0)).device)
+            device = fn(torch.empty(0, device=table.device)).device
+            if device != table.device:
+                table.move_to(device)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -145,9 +145,13 @@ class Recipe(Config):
         return self.parse(mapping, "recipe")
 
     def resolved(self, device: str) -> Self:
-        """The same run with nothing left to the surroundings: absolute data paths, the device's own name."""
+        """The same run with nothing left to the surroundings: absolute paths, the device's own name."""
         data = self.data.model_copy(update={"dir": str(Path(self.data.dir).absolute())})
-        return self.model_copy(update={"data": data, "device": device})
+        tiers = {
+            name: tier.model_copy(update={"directory": tier.directory and str(Path(expand(tier.directory)).absolute())})
+            for name, tier in self.embedding.tiers.items()
+        }
+        return self.model_copy(update={"data": data, "embedding": self.embedding.model_copy(update={"tiers": tiers}), "device": device})
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=140)

@@ -69,6 +69,10 @@ class Store:
         more = {"lr": self._lr, "seed": self._seed, "init_std": self._init_std}
         return Owner.parse({"table": self.name, "num_rows": self.num_rows, "columns": columns, "optimizer": rule, **more}, "owner")
 
+    def expect(self, *, in_order: bool) -> None:
+        """Say how rows will be touched from now on: one after the other, or here and there."""
+        self._backing.expect(in_order=in_order)
+
     def columns(self, only: str = "") -> dict[str, Tensor]:
         """Views (R, D) or (R,) of the columns whose name begins with `only`."""
         every = self.record.split(torch.from_numpy(self.words))

@@ -145,7 +145,8 @@ class TieredTable:
         nothing, for ids outside the table, and for more distinct ids than there are slots.
         """
         flat = self._checked(ids)
-        _, cache = self._open()
+        store, cache = self._open()
+        store.expect(in_order=False)
         self._end_reading()
         found = cache.slots.find(flat)
         self._check_room(cache, found)
@@ -269,6 +270,7 @@ class TieredTable:
     def _columns(self, only: str) -> dict[str, Tensor]:
         store, cache = self._open()
         cache.flush()
+        store.expect(in_order=True)
         return store.columns(only)
 
     def state_blocks(self, rows: int = BLOCK_ROWS) -> Iterator[tuple[int, dict[str, Tensor]]]:
@@ -278,6 +280,7 @@ class TieredTable:
         """
         store, cache = self._open()
         cache.flush()
+        store.expect(in_order=True)
         return store.blocks(rows)
 
     def load_values(self, state: Mapping[str, Tensor]) -> None:
@@ -314,9 +317,15 @@ class TieredTable:
 
     def close(self) -> None:
         """End the thread; remove the table's directory, or flush and keep it, as configured. A closed table is of no use."""
-        if self._store is not None and not self._is_closed:
+        is_open, self._is_closed = self._store is not None and not self._is_closed, True
+        if not is_open:
+            return
+        assert self._store is not None
+        is_kept = False
+        try:
             if self.config.keep:
                 self._cache.flush()
             self._cache.traffic.close()
-            self._store.close(keep=self.config.keep)
-        self._is_closed = True
+            is_kept = self.config.keep
+        finally:
+            self._store.close(keep=is_kept)
