@@ -77,6 +77,7 @@ def test_our_kernels_ran_inside_torchrec(compared: dict[str, Any]) -> None:
     assert counts["embedding_update.numba"] >= 100
 
 
+@pytest.mark.slow
 def test_three_processes_and_tables_of_fewer_rows(tmp_path: Path) -> None:
     found = run(tmp_path, "uneven", world_size=3)
     for kind in ("row_wise", "data_parallel"):

@@ -8,8 +8,9 @@ from rich.console import Console
 
 from ninerank.embedding.sharding.config import ShardingConfig
 from ninerank.embedding.sharding.plan import Machine, Placed, Plan
-from ninerank.embedding.sharding.tables import ShardTable
+from ninerank.embedding.sharding.tables import ShardTable, check_sharding
 from ninerank.errors import DeviceError, SpecError
+from ninerank.features.spec import FeatureSpec, IdFeature
 
 GROUPS = {"deep": 16, "linear": 1}
 ROW_BYTES = {"deep": 128, "linear": 8}
@@ -95,6 +96,13 @@ def test_a_device_for_which_fbgemm_has_no_operators_is_refused():
     check_operators("cpu")
     with pytest.raises(DeviceError, match=r"sharded tables on npu: fbgemm has no permute_2D_sparse_data.*RecSDK"):
         check_operators("npu")
+
+
+def test_dynamic_tables_are_for_one_process():
+    spec = FeatureSpec(labels=("click",), features=(IdFeature(name="item", role="item", dtype="int64", encoding={"kind": "dynamic"}),))
+    check_sharding(spec, GROUPS, ShardingConfig(), 1)
+    with pytest.raises(SpecError, match=r"dynamic tables \(item\) are trained by one process"):
+        check_sharding(spec, GROUPS, ShardingConfig(), 2)
 
 
 def test_unknown_kinds_are_refused():

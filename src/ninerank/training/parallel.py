@@ -10,7 +10,7 @@ from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from ninerank.device import Device
-from ninerank.embedding.sharding import Machine, Plan, ShardingConfig
+from ninerank.embedding.sharding import Machine, Plan
 from ninerank.embedding.sharding.tables import check_sharding, shard_tables
 from ninerank.errors import SpecError
 from ninerank.features.batch import Batch
@@ -32,14 +32,10 @@ def build_for(recipe: Recipe, spec: FeatureSpec, device: Device, processes: Proc
     Start values are those of one process. Raises SpecError and DeviceError for what cannot be sharded.
     """
     groups = recipe.model.groups(len(spec.labels))
-    if recipe.sharding != ShardingConfig():
-        check_sharding(spec, groups, recipe.sharding, processes.world_size)
+    check_sharding(spec, groups, recipe.sharding, processes.world_size)
     if processes.world_size == 1:
         return build_model(recipe.model, spec, recipe.embedding, seed=recipe.seed).to(device.torch_device)
     _check_untiered(recipe)
-    dynamic = [name for name, table in spec.tables.items() if table.is_dynamic]
-    if dynamic:
-        raise SpecError(f"dynamic tables ({', '.join(dynamic)}) are trained by one process; give them a hashed encoding for several")
     if recipe.embedding.mode == "dense":
         return build_model(recipe.model, spec, recipe.embedding, seed=recipe.seed).to(device.torch_device)
     from ninerank.embedding.sharding import ShardedEmbeddingCollection, row_bytes

@@ -58,15 +58,10 @@ class ShardedEmbeddingCollection(EmbeddingCollection):
 
         if config.mode != "sparse":
             raise SpecError("sharding needs embedding mode 'sparse'; in mode 'dense' every process keeps all tables")
-        dynamic = [name for name, table in spec.tables.items() if table.is_dynamic]
-        if dynamic:
-            raise SpecError(f"dynamic tables ({', '.join(dynamic)}) are trained by one process; give them a hashed encoding to shard them")
-        if config.tiers:
-            raise SpecError(f"embedding.tiers ({', '.join(config.tiers)}): tiered tables are trained by one process")
         if sharding.quantised_comms == "bf16" and machine.kind == "cpu":
             raise SpecError("sharding.quantised_comms: gloo does not add bf16; on cpu take fp16 or none")
-        super().__init__(spec, {}, config, seed=seed)
         check_sharding(spec, groups, sharding, machine.world_size)
+        super().__init__(spec, {}, config, seed=seed)
         self.dims = dict(groups)
         self.device = device
         self.storages: list[BlockStorage] = []

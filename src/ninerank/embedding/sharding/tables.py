@@ -41,7 +41,10 @@ def shard_tables(spec: FeatureSpec, config: ShardingConfig) -> tuple[ShardTable,
 
 
 def check_sharding(spec: FeatureSpec, groups: Mapping[str, int], config: ShardingConfig, world_size: int) -> None:
-    """Raise SpecError for a table or feature that is not in the spec, and for columns that do not divide among the processes."""
+    """Raise SpecError for a table or feature that the spec has not, dynamic tables, and columns that do not divide among the processes."""
+    dynamic = [name for name, table in spec.tables.items() if table.is_dynamic]
+    if dynamic and world_size > 1:
+        raise SpecError(f"dynamic tables ({', '.join(dynamic)}) are trained by one process; give them a hashed encoding for several")
     for name in config.tables:
         if name not in spec.tables:
             raise SpecError(f"sharding.tables: unknown table {name!r}; {nearest(name, spec.tables)}")
