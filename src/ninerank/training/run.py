@@ -25,8 +25,9 @@ from ninerank.features.spec import FeatureSpec
 from ninerank.towers.model import RankingModel
 from ninerank.towers.registry import build_model
 from ninerank.training import sealed
-from ninerank.training.checkpoint import BestWeights, load_weights
+from ninerank.training.checkpoint import BestWeights
 from ninerank.training.recipe import Recipe
+from ninerank.training.saved import fill_best
 
 __all__ = ["Run", "RunDir", "load_run"]
 
@@ -147,9 +148,8 @@ def load_run(run_dir: str | Path) -> Run:
     """
     run = RunDir(Path(run_dir))
     recipe, spec = run.recipe(), run.spec()
-    weights = BestWeights(run.best, spec_digest=spec.digest).load()
     model = build_model(recipe.model, spec, recipe.embedding.untiered, seed=recipe.seed)
-    load_weights(model, weights, str(run.best))
+    fill_best(BestWeights(run.best, spec_digest=spec.digest), model)
     metrics = read_mapping(run.metrics_path) if run.metrics_path.is_file() else {}
     return Run(run.path, model.eval(), spec, recipe, metrics)
 

@@ -45,9 +45,9 @@ def _optimizer_tensors(checkpoint: Checkpoint, optimizer: ModelOptimizer) -> dic
     return dense | {name: shard.tensor for name, shard in shards.items()}
 
 
-def fill_best(best: BestWeights, model: RankingModel, *, in_place: bool) -> None:
-    """Take the best weights; in_place: read into the tables, without a second copy of them in memory (tables by id cannot be)."""
-    if in_place and not model.embedding.by_id:
+def fill_best(best: BestWeights, model: RankingModel) -> None:
+    """Take the best weights: read into the model without a second copy in memory, unless tables are by id. Raises CheckpointError."""
+    if not model.embedding.by_id:
         best.open().read({"model": model.static_state(reading=True)})
     else:
         load_weights(model, best.load(), str(best.directory))

@@ -249,7 +249,7 @@ class Trainer:
     def _report(self, seconds: float) -> dict[str, Any]:
         """Test the best epoch's weights and write `metrics.json`."""
         progress = self.progress
-        fill_best(self.best, self.model, in_place=self._is_sharded or bool(self.model.embedding.tiers))
+        fill_best(self.best, self.model)
         metrics: dict[str, Any] = {"valid": progress.best_metrics}
         if self.recipe.data.test is not None:
             metrics["test"] = self._measure(self._split("test"), "test")
