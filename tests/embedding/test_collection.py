@@ -172,6 +172,36 @@ def test_empty_histories_still_have_one_place(spec: FeatureSpec, make_batch: Mak
     assert not out["deep"][:, pooled_keys(spec).index("tags")].any()
 
 
+@pytest.mark.parametrize("mode", ["sparse", "dense"])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.integers(0, 9), requests=st.one_of(st.none(), st.integers(1, 4)), most=st.integers(0, 6), seed=st.integers(0, 999))
+def test_jagged_histories_are_the_padded_ones_without_padding(
+    spec: FeatureSpec, make_batch: MakeBatch, mode: str, rows: int, requests: int | None, most: int, seed: int
+) -> None:
+    batch = make_batch(spec, max(rows, 1) if requests is None else rows, requests=requests, most=most, seed=seed)
+    padded, jagged = collection_of(spec, mode)(batch), collection_of(spec, mode, sequence_length="jagged")
+    got = jagged(batch)
+    for name in ("recent", "similar"):
+        mask_BL = padded[f"mask.{name}"]
+        assert torch.equal(got[f"offsets.{name}"].diff(), mask_BL.sum(1))
+        assert f"mask.{name}" not in got
+        for group in GROUPS:
+            assert torch.equal(got[f"{group}.seq.{name}"], padded[f"{group}.seq.{name}"][mask_BL])
+    assert all(torch.equal(got[key], padded[key]) for key in ("dense", *GROUPS))
+    assert jagged(batch, pad=True).keys() == padded.keys()
+    assert "mask.recent" in jagged.sides(batch)
+
+
+def test_jagged_histories_train_the_rows_that_padded_ones_do(spec: FeatureSpec, make_batch: MakeBatch) -> None:
+    batch, grads = make_batch(spec, 5, requests=2, most=4), []
+    for length in ("longest", "jagged"):
+        collection = collection_of(spec, "dense", sequence_length=length)
+        sum(out.square().sum() for key, out in collection(batch).items() if ".seq." in key).backward()
+        grads.append(dict(collection.named_groups())["deep"].storage.grad)
+    torch.testing.assert_close(grads[0], grads[1])
+    assert grads[0].any()
+
+
 @pytest.mark.parametrize("bad", [-1, 31, 2**40])
 @pytest.mark.parametrize("kind", ["single", "bags", "sequences"])
 def test_id_outside_its_table_is_refused_by_name(spec: FeatureSpec, make_batch: MakeBatch, kind: str, bad: int) -> None:

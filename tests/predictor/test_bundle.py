@@ -12,11 +12,15 @@ import pyarrow as pa
 import pytest
 import torch
 
+from ninerank.embedding.collection import EmbeddingConfig
 from ninerank.errors import BundleError
 from ninerank.features.spec import FeatureSpec
+from ninerank.features.transform import Transform
 from ninerank.predictor.bundle import Bundle, export_bundle
 from ninerank.predictor.engine import Engine
+from ninerank.towers.config import parse_model
 from ninerank.towers.model import RankingModel
+from ninerank.towers.registry import build_model
 
 Rows = Callable[..., pa.RecordBatch]
 FILES = [
@@ -181,6 +185,19 @@ def test_export_never_overwrites_and_leaves_nothing_when_it_fails(
         with pytest.raises(BundleError, match="golden scores of small 8 differ"):
             export_bundle(model, spec, log_rows(3), tmp_path / "a", model_name="small", version="8")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_trained_on_jagged_histories_is_served_padded(spec: FeatureSpec, log_rows: Rows, tmp_path: Path) -> None:
+    config = EmbeddingConfig(init_std=1.0, sequence_length="jagged")
+    model = build_model(parse_model({"name": "din", "embedding_dim": 4}), spec, config, seed=1)
+    rows, batches = log_rows(20), Transform(spec)
+    manifest = export_bundle(model, spec, rows, tmp_path / "din", model_name="din", version="1")
+    assert manifest.sequence_length == "longest"
+    assert manifest.golden_difference < 1e-6
+    model.eval()
+    with torch.inference_mode():
+        jagged, padded = model(batches.batch(rows)), model.tower(model.embedding(batches.batch(rows), pad=True))
+    torch.testing.assert_close(jagged, padded, atol=1e-5, rtol=1e-5)
 
 
 def test_export_gives_the_model_back_as_it_was(model: RankingModel, spec: FeatureSpec, log_rows: Rows, tmp_path: Path) -> None:

@@ -167,6 +167,29 @@ def test_gradients_check_numerically(config: ModelConfig, shape: TowerShape, mak
     assert torch.autograd.gradcheck(output, leaves, atol=1e-4, fast_mode=True)
 
 
+def test_jagged_histories_give_what_padded_ones_do(config: ModelConfig, shape: TowerShape, make_inputs: MakeInputs) -> None:
+    tower = tower_of(config, shape)
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
+        tower.to(dtype)
+        inputs = make_inputs(config, shape, 6, dtype=dtype)
+        jagged = {key: value for key, value in inputs.items() if not key.startswith("mask.")}
+        for sequence in shape.sequences:
+            mask = inputs[f"mask.{sequence.name}"]
+            jagged[f"offsets.{sequence.name}"] = nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
+            jagged.update({f"{group}.seq.{sequence.name}": inputs[f"{group}.seq.{sequence.name}"][mask] for group in config.groups(1)})
+        for training in (False, True):
+            state, found = {key: value.clone() for key, value in tower.state_dict().items()}, []
+            for own in (inputs, jagged):
+                tower.load_state_dict(state)
+                tower.train(training)
+                torch.manual_seed(0)
+                logits = tower(own)
+                grads = torch.autograd.grad(logits.square().sum(), list(tower.parameters()), allow_unused=True)
+                buffers = [buffer.clone() for buffer in tower.buffers()]
+                found.append([logits, *(grad for grad in grads if grad is not None), *buffers])
+            torch.testing.assert_close(*found, atol=tolerance, rtol=tolerance)
+
+
 def test_rows_do_not_see_each_other_and_padding_has_no_influence(config: ModelConfig, shape: TowerShape, make_inputs: MakeInputs) -> None:
     tower = tower_of(config, shape)
     inputs = make_inputs(config, shape, 6, dtype=torch.float64)

@@ -15,7 +15,7 @@ from typing_extensions import Self
 from ninerank.config import Config
 from ninerank.embedding.dynamic.config import DynamicTableConfig
 from ninerank.embedding.dynamic.table import DynamicTable
-from ninerank.embedding.index import BatchIndex, Rows
+from ninerank.embedding.index import BatchIndex, Rows, SequenceLength
 from ninerank.embedding.managed import ManagedTable
 from ninerank.embedding.part import SIDES, ManagedRows, Part, ids_of, pooled_keys, prepared
 from ninerank.embedding.quantize import QuantizedGroup, QuantizedTable
@@ -36,15 +36,16 @@ class EmbeddingConfig(Config):
     mode: `sparse` updates touched rows alone (a sparse optimizer does it); `dense` makes every table an ordinary parameter with a
     gradient of its full size, as the published reference results need. init_std: rows start from N(0, init_std^2).
     l2: lambda of `(lambda / 2) * ||E||^2` over the whole tables, each step; dense mode alone. sequence_length: sequences are padded
-    to the `longest` in the batch, or to their `max` (static shapes). dynamic: admission, eviction and start of dynamic tables, whose
-    init_std is this one unless given there; tables: the same for those it names. tiers: static tables of which the device holds a cache
-    of rows alone; the rest lies in host memory or on disk.
+    to the `longest` in the batch, or to their `max` (static shapes), or stay `jagged` in training, one history after another; a bundle
+    pads them to the longest then. dynamic: admission, eviction and start of dynamic tables, whose init_std is this one unless given there;
+    tables: the same for those it names. tiers: static tables of which the device holds a cache of rows alone; the rest lies in host memory
+    or on disk.
     """
 
     mode: Literal["dense", "sparse"] = "sparse"
     init_std: float = Field(default=0.01, ge=0.0, allow_inf_nan=False)
     l2: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
-    sequence_length: Literal["longest", "max"] = "longest"
+    sequence_length: SequenceLength = "longest"
     dynamic: DynamicTableConfig | None = None
     tables: dict[str, DynamicTableConfig] = Field(default_factory=dict)
     tiers: dict[str, TierConfig] = Field(default_factory=dict)
@@ -54,6 +55,11 @@ class EmbeddingConfig(Config):
         if self.l2 > 0 and self.mode == "sparse":
             raise ValueError("l2 over whole tables needs mode 'dense'; in mode 'sparse' give the optimizer a weight_decay (touched rows)")
         return self
+
+    @property
+    def padding(self) -> Literal["longest", "max"]:
+        """What sequences are padded to where they must be."""
+        return "longest" if self.sequence_length == "jagged" else self.sequence_length
 
     def dynamic_table(self, name: str) -> DynamicTableConfig:
         """Configuration of dynamic table `name`."""
@@ -211,20 +217,21 @@ class EmbeddingCollection(nn.Module):
         managed = sum(table.num_rows(group) * dim for table in self.managed.values() for group, dim in table.dims.items())
         return managed + sum(group.storage.numel() for _, group in self.named_groups())
 
-    def forward(self, batch: Batch, *, check: bool = True) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, *, check: bool = True, pad: bool = False) -> dict[str, Tensor]:
         """A tower's inputs: "dense" (B, Fd); per group "<group>" (B, Fs, D) and "<group>.seq.<name>" (B, L, D); "mask.<name>" (B, L).
 
-        Request features come first, then item features; pooled fields are in the order of `pooled_keys`. In a rank call the
-        request side is looked up once per request and repeated per candidate afterwards. Ids are checked where they lie on
-        the host; call `check` before moving a batch elsewhere, or give `check=False` for what a Transform of the same spec made. A batch
-        that was not prepared for training reads managed tables as they are. Raises DataError.
+        With `sequence_length: jagged` (and not `pad`) a sequence is "<group>.seq.<name>" (N, D), history after history, and
+        "offsets.<name>" (B + 1,) instead of the mask. Request features come first, then item features; pooled fields are in the order
+        of `pooled_keys`. In a rank call the request side is looked up once per request and repeated per candidate afterwards. Ids are
+        checked where they lie on the host; call `check` before moving a batch elsewhere, or give `check=False` for what a Transform of
+        the same spec made. A batch that was not prepared for training reads managed tables as they are. Raises DataError.
         """
         batch = self._checked(batch, check)
         dense_request, dense_item = batch.request.dense_RF, batch.item.dense_RF
         if batch.user_row_B is not None:
             dense_request = dense_request.index_select(0, batch.user_row_B)
         inputs = {"dense": torch.cat([dense_request, dense_item], dim=1)}
-        indices = self._indices(batch, apart=False)
+        indices = self._indices(batch, self.config.padding if pad else self.config.sequence_length)
         for name, dim in self.dims.items():
             fields = []
             for own, part, index in indices:
@@ -232,7 +239,7 @@ class EmbeddingCollection(nn.Module):
                 fields.append((part.keys, values))
                 inputs.update({f"{name}.seq.{key}": rows_BLD for key, rows_BLD in sequences.items()})
             inputs[name] = _in_order(fields, self.keys, batch.num_rows, dim)
-        return inputs | {f"mask.{key}": mask for _, _, index in indices for key, mask in index.masks().items()}
+        return inputs | {key: place for _, _, index in indices for key, place in index.places().items()}
 
     def sides(self, batch: Batch, *, check: bool = True) -> dict[str, Tensor]:
         """The same inputs with the sides apart, for graphs that compute the request side once; `towers.sides` joins them again.
@@ -244,7 +251,7 @@ class EmbeddingCollection(nn.Module):
         row_B = batch.user_row_B
         user_row_B = torch.arange(batch.num_rows, device=batch.item.dense_RF.device) if row_B is None else row_B
         inputs = {"dense.request": batch.request.dense_RF, "dense.item": batch.item.dense_RF, "user_row": user_row_B}
-        indices = self._indices(batch, apart=True)
+        indices = self._indices(batch, self.config.padding, apart=True)
         for name, dim in self.dims.items():
             request, item = [], []
             for own, part, index in indices:
@@ -254,7 +261,7 @@ class EmbeddingCollection(nn.Module):
                 inputs.update({f"{name}.seq.{key}": rows_RLD for key, rows_RLD in sequences.items()})
             inputs[f"{name}.request"] = _in_order(request, self.keys, batch.request.num_rows, dim)
             inputs[f"{name}.item"] = _in_order(item, self.keys, batch.num_rows, dim)
-        return inputs | {f"mask.{key}": mask for _, _, index in indices for key, mask in index.masks().items()}
+        return inputs | {key: place for _, _, index in indices for key, place in index.places().items()}
 
     def _checked(self, batch: Batch, check: bool) -> Batch:
         batch = self.prepare(batch)
@@ -262,14 +269,11 @@ class EmbeddingCollection(nn.Module):
             self.check(batch)
         return batch
 
-    def _indices(self, batch: Batch, *, apart: bool) -> list[tuple[str | None, Part, BatchIndex]]:
+    def _indices(self, batch: Batch, length: SequenceLength, *, apart: bool = False) -> list[tuple[str | None, Part, BatchIndex]]:
         """Every part with its index of the batch; None names the part of the static tables."""
         parts: list[tuple[str | None, Part]] = [(None, self.static)] if self.layout.names else []
         parts += [(name, self._parts[name]) for name in self.managed]
-        longest = self.config.sequence_length == "max"
-        return [
-            (name, part, BatchIndex(part.request, part.item, part.select(batch), pad_to_max=longest, apart=apart)) for name, part in parts
-        ]
+        return [(name, part, BatchIndex(part.request, part.item, part.select(batch), length=length, apart=apart)) for name, part in parts]
 
     def _rows(self, table: str | None, group: str) -> Rows:
         return self._group(group) if table is None else ManagedRows(self.managed[table], group)

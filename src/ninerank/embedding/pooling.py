@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["Padding", "pool_rows"]
+from ninerank.fusion.kernels.jagged import expanded
+
+__all__ = ["Jagged", "Padding", "pool_rows"]
 
 
 class _SumRows(torch.autograd.Function):
@@ -87,6 +89,42 @@ class Padding:
         flat = rows_ND.new_zeros(sum(sizes), rows_ND.shape[1]).index_copy(0, self.place_N, rows_ND)
         parts = torch.split_with_sizes(flat, sizes)
         return [part.view(*mask.shape, rows_ND.shape[1]) for part, mask in zip(parts, self.masks, strict=True)]
+
+
+@dataclass(frozen=True)
+class Jagged:
+    """Where the ids of S sequence features over R rows lie when nothing pads them: each feature's own, row after row.
+
+    offsets: (R + 1,) of each feature. positions: for rows that several candidates share, what each of them takes (`row_B` of `of`).
+
+    >>> jagged = Jagged.of(torch.tensor([2, 0, 1, 1]), num_rows=2, num_features=2)
+    >>> [rows.flatten().tolist() for rows in jagged.split(torch.tensor([[1.0], [2.0], [3.0], [4.0]]))]
+    [[1.0, 2.0], [3.0, 4.0]]
+    >>> [offsets.tolist() for offsets in jagged.offsets]
+    [[0, 2, 2], [0, 1, 2]]
+    """
+
+    offsets: tuple[Tensor, ...]
+    sizes: list[int]
+    positions: tuple[Tensor, ...] | None
+
+    @classmethod
+    def of(cls, length_M: Tensor, num_rows: int, num_features: int, row_B: Tensor | None = None) -> "Jagged":
+        """length_M: ids a row, feature after feature. row_B: the row that each of B candidates takes, None where each has its own."""
+        length_SR = length_M.view(num_features, num_rows)
+        offsets_SR = torch.cat([length_SR.new_zeros(num_features, 1), length_SR.cumsum(1)], dim=1)
+        sizes = offsets_SR[:, -1].tolist()
+        if row_B is None:
+            return cls(offsets_SR.unbind(0), sizes, None)
+        taken = [expanded(offsets, row_B) for offsets in offsets_SR.unbind(0)]
+        return cls(tuple(offsets for _, offsets in taken), sizes, tuple(positions for positions, _ in taken))
+
+    def split(self, rows_ND: Tensor) -> list[Tensor]:
+        """Rows (N, D) of each feature."""
+        parts = list(torch.split_with_sizes(rows_ND, self.sizes))
+        if self.positions is None:
+            return parts
+        return [part.index_select(0, position_P) for part, position_P in zip(parts, self.positions, strict=True)]
 
 
 def _bag_of(length_M: Tensor, num_ids: int) -> Tensor:

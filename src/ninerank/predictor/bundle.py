@@ -157,7 +157,7 @@ def export_bundle(
             rows = _golden_rows(spec, golden)
             batch = model.embedding.prepare(Transform(spec).batch(rows, labels=False)).to(next(model.parameters()).device)
             with torch.inference_mode():
-                scores_BT = torch.sigmoid(model(batch)).to(torch.float32).cpu().numpy()
+                scores_BT = torch.sigmoid(model.tower(model.embedding(batch, pad=True))).to(torch.float32).cpu().numpy()
             compiled = _write_graphs(directory, model, spec, batch, say)
             say("writing tables")
             spec.save(directory / SPEC)
@@ -171,7 +171,7 @@ def export_bundle(
                 tasks=spec.labels,
                 groups=model.embedding.dims,
                 dynamic={name: len(id_I) for name, id_I in ids.items()},
-                sequence_length=model.embedding.config.sequence_length,
+                sequence_length=model.embedding.config.padding,
                 table_dtypes=stored,
                 passes=compiled.records,
                 graph_before=compiled.before,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ninerank.errors import SpecError
 from ninerank.towers.blocks.attention import TargetAttention
-from ninerank.towers.blocks.fields import FlatInput, masked_mean
+from ninerank.towers.blocks.fields import FlatInput, history_mean
 from ninerank.towers.blocks.mlp import MLP
 from ninerank.towers.config import DINConfig
 from ninerank.towers.model import TowerShape
@@ -44,10 +44,15 @@ class DIN(nn.Module):
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         parts = [self.flat(inputs)]
         for i, sequence in enumerate(self.sequences):
-            keys_BLD, mask_BL = inputs[f"deep.seq.{sequence.name}"], inputs[f"mask.{sequence.name}"]
             if self.attention is None:
-                parts.append(masked_mean(keys_BLD, mask_BL))
+                parts.append(history_mean(inputs, "deep", sequence.name))
+                continue
+            unit, query_BD, keys = self.attention[i], inputs["deep"][:, sequence.target], inputs[f"deep.seq.{sequence.name}"]
+            offsets = inputs.get(f"offsets.{sequence.name}")
+            if offsets is None:
+                parts.append(unit(query_BD, keys, inputs[f"mask.{sequence.name}"]))
             else:
-                parts.append(self.attention[i](inputs["deep"][:, sequence.target], keys_BLD, mask_BL))
+                assert isinstance(unit, TargetAttention)
+                parts.append(unit.jagged(query_BD, keys, offsets))
         logits_BT: Tensor = self.mlp(torch.cat(parts, dim=1))
         return logits_BT

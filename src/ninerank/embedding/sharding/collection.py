@@ -12,7 +12,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ninerank.embedding.collection import EmbeddingCollection, EmbeddingConfig, pooled_keys
-from ninerank.embedding.pooling import Padding, pool_rows
+from ninerank.embedding.pooling import Jagged, Padding, pool_rows
 from ninerank.embedding.shard import Shard, absent
 from ninerank.embedding.sharding.config import ShardingConfig
 from ninerank.embedding.sharding.plan import Machine, Placed, Plan
@@ -102,7 +102,7 @@ class ShardedEmbeddingCollection(EmbeddingCollection):
                 is_shared = table.is_pooled and len(groups) > 1
                 self._name_in[feature, group] = f"{number}@{name}" if is_shared else number
 
-    def forward(self, batch: Batch, *, check: bool = True) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, *, check: bool = True, pad: bool = False) -> dict[str, Tensor]:
         """As `EmbeddingCollection.forward`, for this process's rows; sequences are padded to the longest of this process's rows."""
         if batch.user_row_B is not None:
             raise DataError("sharded tables take training batches; a rank call is scored by one process")
@@ -119,6 +119,11 @@ class ShardedEmbeddingCollection(EmbeddingCollection):
                         fields[feature, group] = self._pool(feature, ids[feature], rows[feature, group])
             columns = [self._scaled(feature, ids[feature], fields[feature, group]) for feature in self._fields]
             inputs[group] = torch.stack(columns, dim=1) if columns else torch.zeros(batch.num_rows, 0, dim, device=self.device)
+        if self.config.sequence_length == "jagged" and not pad:
+            for feature in self._max_length:
+                inputs[f"offsets.{feature}"] = Jagged.of(ids[feature].lengths, batch.num_rows, 1).offsets[0]
+                inputs.update({f"{group}.seq.{feature}": rows[feature, group] for group in self.dims})
+            return inputs
         for feature, padding in self._paddings(ids, batch.num_rows).items():
             inputs[f"mask.{feature}"] = padding.masks[0]
             for group in self.dims:

@@ -6,7 +6,9 @@ history b holds the positions offsets[b] ... offsets[b + 1] - 1, offsets (B + 1,
 import torch
 from torch import Tensor
 
-__all__ = ["check_offsets", "check_values", "expanded", "history_of"]
+from ninerank.fusion.kernels import registry
+
+__all__ = ["check_offsets", "expanded", "history_of", "kernel_for"]
 
 
 def check_offsets(offsets: Tensor, num_histories: int, num_positions: int) -> None:
@@ -21,12 +23,15 @@ def check_offsets(offsets: Tensor, num_histories: int, num_positions: int) -> No
             raise ValueError(f"offsets go from {first} to {last}; from 0 to the {num_positions} positions without falling is needed")
 
 
-def check_values(kernel: str, **values: Tensor) -> None:
-    """Raise ValueError where values are not all of float32 (float64 for the reference by name)."""
+def kernel_for(kernel: str, **values: Tensor) -> str:
+    """Name of the kernel to take: `auto` is `torch`, the reference, for float64, which it alone knows; ValueError for other types."""
     dtypes = {value.dtype for value in values.values()}
-    if dtypes != {torch.float32} and not (dtypes == {torch.float64} and kernel == "torch"):
+    if dtypes == {torch.float64} and kernel in (registry.AUTO, "torch"):
+        return "torch"
+    if dtypes != {torch.float32}:
         found = ", ".join(f"{name} {value.dtype}" for name, value in values.items())
         raise ValueError(f"{found}: torch.float32 is needed (torch.float64 for kernel 'torch')")
+    return kernel
 
 
 def history_of(offsets: Tensor, num_positions: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Attention of a target over a history.
 
-Shape legend: B scored rows, L sequence length, D embedding dim, H width of a layer.
+Shape legend: B scored rows, L sequence length, N positions of all histories, D embedding dim, H width of a layer.
 """
 
 from collections.abc import Sequence
@@ -8,7 +8,10 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from ninerank.fusion.kernels.jagged_attention import jagged_attention
+from ninerank.fusion.kernels.jagged_pairs import jagged_pairs
 from ninerank.towers.blocks.mlp import Dice, activation, linear
 from ninerank.towers.config import Activation
 
@@ -41,3 +44,19 @@ class TargetAttention(nn.Module):
             score_BL = torch.softmax(score_BL.masked_fill(~mask_BL, torch.finfo(score_BL.dtype).min), dim=1)
         weight_BL = score_BL.masked_fill(~mask_BL, 0.0)
         return torch.bmm(weight_BL.unsqueeze(1), keys_BLD).squeeze(1)
+
+    def jagged(self, query_BD: Tensor, key_ND: Tensor, offsets: Tensor) -> Tensor:
+        """The same (B, D) of histories without padding: key (N, D), history after history, offsets (B + 1,)."""
+        x_NH = jagged_pairs(query_BD, key_ND, offsets)
+        for i, (layer, act) in enumerate(zip(self.linears, self.activations, strict=True)):
+            assert isinstance(layer, nn.Linear)
+            weight = _folded(layer.weight) if i == 0 else layer.weight
+            x_NH = act(functional.linear(x_NH, weight, layer.bias))
+        score_N = self.out(x_NH).squeeze(1).to(key_ND.dtype)
+        return jagged_attention(score_N, key_ND, offsets, softmax=self.softmax)
+
+
+def _folded(weight_H4D: Tensor) -> Tensor:
+    """Weights of [q, k, q * k] that do what those of [q, k, q - k, q * k] do."""
+    query_HD, key_HD, difference_HD, product_HD = weight_H4D.chunk(4, dim=1)
+    return torch.cat([query_HD + difference_HD, key_HD - difference_HD, product_HD], dim=1)

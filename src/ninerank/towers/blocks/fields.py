@@ -8,9 +8,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ninerank.embedding.pooling import pool_rows
 from ninerank.towers.model import TowerShape
 
-__all__ = ["FieldStack", "FlatInput", "LinearTerm", "masked_mean"]
+__all__ = ["FieldStack", "FlatInput", "LinearTerm", "history_mean", "masked_mean"]
 
 Inputs = Mapping[str, Tensor]
 
@@ -19,6 +20,15 @@ def masked_mean(rows_BLD: Tensor, mask_BL: Tensor) -> Tensor:
     """Mean (B, D) of the rows that the mask keeps; zeros where it keeps none."""
     kept_BL1 = mask_BL.to(rows_BLD.dtype).unsqueeze(2)
     return (rows_BLD * kept_BL1).sum(1) / kept_BL1.sum(1).clamp(min=1)
+
+
+def history_mean(inputs: Inputs, group: str, name: str) -> Tensor:
+    """Mean (B, D) of sequence `name`'s rows in `group`, be they padded or jagged; zeros where there are none."""
+    rows = inputs[f"{group}.seq.{name}"]
+    if f"offsets.{name}" in inputs:
+        mean_F = torch.ones(1, dtype=torch.bool, device=rows.device)
+        return pool_rows(rows, inputs[f"offsets.{name}"], 1, mean_F).squeeze(1)
+    return masked_mean(rows, inputs[f"mask.{name}"])
 
 
 class FieldStack(nn.Module):
@@ -40,7 +50,7 @@ class FieldStack(nn.Module):
         parts = [inputs[self.group]]
         if self.vector_FD is not None:
             parts.append(inputs["dense"].unsqueeze(2) * self.vector_FD)
-        parts += [masked_mean(inputs[f"{self.group}.seq.{name}"], inputs[f"mask.{name}"]).unsqueeze(1) for name in self.sequences]
+        parts += [history_mean(inputs, self.group, name).unsqueeze(1) for name in self.sequences]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 

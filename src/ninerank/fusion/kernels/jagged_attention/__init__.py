@@ -4,7 +4,7 @@
     w_n = s_n, or with `softmax` exp(s_n) / sum over the history of exp(s)
 
 score_N: (N,) what an attention unit made of [q, k, q * k] (`jagged_pairs`). key_ND: (N, D), history after history. offsets: int32 or
-int64 (B + 1,), from 0 to N (checked on CPU). Returns (B, D), zeros for an empty history. float32 (float64 for the reference by name).
+int64 (B + 1,), from 0 to N (checked on CPU). Returns (B, D), zeros for an empty history. float32 (float64: the reference).
 
 Gradient, by `jagged_attention_backward`, with d_n = <g_b, k_n>:  dk_n = w_n g_b;  ds_n = d_n, or with `softmax`
 w_n (d_n - sum over the history of w d). The weights are made anew from the scores, so that nothing is kept but the inputs.
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ninerank.fusion.kernels import registry
-from ninerank.fusion.kernels.jagged import check_offsets, check_values, history_of
+from ninerank.fusion.kernels.jagged import check_offsets, history_of, kernel_for
 
 __all__ = ["backward_reference", "jagged_attention", "reference"]
 
@@ -69,8 +69,8 @@ def backward_reference(grad_BD: Tensor, score_N: Tensor, key_ND: Tensor, offsets
 
 @torch.library.custom_op("ninerank::jagged_attention", mutates_args=())
 def _operator(score_N: Tensor, key_ND: Tensor, offsets: Tensor, softmax: bool, kernel: str = registry.AUTO) -> Tensor:
-    _check(score_N, key_ND, offsets, offsets.shape[0] - 1, kernel)
-    run = registry.choose("jagged_attention", key_ND.device.type, kernel)
+    _check(score_N, key_ND, offsets, offsets.shape[0] - 1)
+    run = registry.choose("jagged_attention", key_ND.device.type, kernel_for(kernel, score=score_N, key=key_ND))
     out: Tensor = run(score_N.contiguous(), key_ND.contiguous(), offsets.contiguous(), softmax)
     return out
 
@@ -84,10 +84,10 @@ def _fake(score_N: Tensor, key_ND: Tensor, offsets: Tensor, softmax: bool, kerne
 def _backward_operator(
     grad_BD: Tensor, score_N: Tensor, key_ND: Tensor, offsets: Tensor, softmax: bool, kernel: str = registry.AUTO
 ) -> tuple[Tensor, Tensor]:
-    _check(score_N, key_ND, offsets, grad_BD.shape[0], kernel)
+    _check(score_N, key_ND, offsets, grad_BD.shape[0])
     if grad_BD.shape[1:] != key_ND.shape[1:] or grad_BD.dtype != key_ND.dtype:
         raise ValueError(f"the gradient is {grad_BD.dtype} {tuple(grad_BD.shape)}, the keys are {key_ND.dtype} {tuple(key_ND.shape)}")
-    run = registry.choose("jagged_attention_backward", key_ND.device.type, kernel)
+    run = registry.choose("jagged_attention_backward", key_ND.device.type, kernel_for(kernel, score=score_N, key=key_ND))
     score_grad_N, key_grad_ND = run(grad_BD.contiguous(), score_N.contiguous(), key_ND.contiguous(), offsets.contiguous(), softmax)
     return score_grad_N, key_grad_ND
 
@@ -99,10 +99,9 @@ def _backward_fake(
     return score_N.new_empty(score_N.shape), key_ND.new_empty(key_ND.shape)
 
 
-def _check(score_N: Tensor, key_ND: Tensor, offsets: Tensor, num_histories: int, kernel: str) -> None:
+def _check(score_N: Tensor, key_ND: Tensor, offsets: Tensor, num_histories: int) -> None:
     if key_ND.dim() != 2 or score_N.shape != key_ND.shape[:1]:
         raise ValueError(f"scores are {tuple(score_N.shape)}, keys {tuple(key_ND.shape)}; (N,) and (N, D) are needed")
-    check_values(kernel, score=score_N, key=key_ND)
     check_offsets(offsets, num_histories, key_ND.shape[0])
 
 

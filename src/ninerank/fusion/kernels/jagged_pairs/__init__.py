@@ -3,7 +3,7 @@
     out[n, :] = [q_b, k_n, q_b * k_n]        b the history that position n is in
 
 query_BD: (B, D). key_ND: (N, D), history after history. offsets: int32 or int64 (B + 1,), from 0 to N (checked on CPU). Returns (N, 3 D).
-float32 (float64 for the reference by name). A unit that also looks at q - k needs no more: it is linear in q and k, so that its
+float32 (float64: the reference). A unit that also looks at q - k needs no more: it is linear in q and k, so that its
 weights fold, W [q, k, q - k, q * k] = (W_q + W_d) q + (W_k - W_d) k + W_p (q * k).
 
 Gradient: dk_n = g_k + q_b * g_p and dq_b = sum over its history of g_q + k_n * g_p, in the order of n; `jagged_pairs_backward`.
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ninerank.fusion.kernels import registry
-from ninerank.fusion.kernels.jagged import check_offsets, check_values, history_of
+from ninerank.fusion.kernels.jagged import check_offsets, history_of, kernel_for
 
 __all__ = ["backward_reference", "jagged_pairs", "reference"]
 
@@ -52,8 +52,8 @@ def backward_reference(grad: Tensor, query_BD: Tensor, key_ND: Tensor, offsets: 
 
 @torch.library.custom_op("ninerank::jagged_pairs", mutates_args=())
 def _operator(query_BD: Tensor, key_ND: Tensor, offsets: Tensor, kernel: str = registry.AUTO) -> Tensor:
-    _check(query_BD, key_ND, offsets, kernel)
-    run = registry.choose("jagged_pairs", key_ND.device.type, kernel)
+    _check(query_BD, key_ND, offsets)
+    run = registry.choose("jagged_pairs", key_ND.device.type, kernel_for(kernel, query=query_BD, key=key_ND))
     out: Tensor = run(query_BD.contiguous(), key_ND.contiguous(), offsets.contiguous())
     return out
 
@@ -67,10 +67,10 @@ def _fake(query_BD: Tensor, key_ND: Tensor, offsets: Tensor, kernel: str = regis
 def _backward_operator(
     grad: Tensor, query_BD: Tensor, key_ND: Tensor, offsets: Tensor, kernel: str = registry.AUTO
 ) -> tuple[Tensor, Tensor]:
-    _check(query_BD, key_ND, offsets, kernel)
+    _check(query_BD, key_ND, offsets)
     if grad.shape != (key_ND.shape[0], 3 * key_ND.shape[1]) or grad.dtype != key_ND.dtype:
         raise ValueError(f"the gradient is {grad.dtype} {tuple(grad.shape)}, not {key_ND.dtype} {(key_ND.shape[0], 3 * key_ND.shape[1])}")
-    run = registry.choose("jagged_pairs_backward", key_ND.device.type, kernel)
+    run = registry.choose("jagged_pairs_backward", key_ND.device.type, kernel_for(kernel, query=query_BD, key=key_ND))
     query_grad_BD, key_grad_ND = run(grad.contiguous(), query_BD.contiguous(), key_ND.contiguous(), offsets.contiguous())
     return query_grad_BD, key_grad_ND
 
@@ -82,10 +82,9 @@ def _backward_fake(grad: Tensor, query_BD: Tensor, key_ND: Tensor, offsets: Tens
     )
 
 
-def _check(query_BD: Tensor, key_ND: Tensor, offsets: Tensor, kernel: str) -> None:
+def _check(query_BD: Tensor, key_ND: Tensor, offsets: Tensor) -> None:
     if query_BD.dim() != 2 or key_ND.dim() != 2 or query_BD.shape[1] != key_ND.shape[1]:
         raise ValueError(f"queries are {tuple(query_BD.shape)}, keys {tuple(key_ND.shape)}; (B, D) and (N, D) are needed")
-    check_values(kernel, query=query_BD, key=key_ND)
     check_offsets(offsets, query_BD.shape[0], key_ND.shape[0])
 
 

@@ -1,0 +1,143 @@
+"""Training steps that use the fused operators against the same steps in plain torch.
+
+A step is lookup, tower, loss, backward and both updates, on one thread. Both sides have the same model, start from the same values
+and get the same batches; loss, logits and gradients are compared before anything is timed, and the steps are timed in turns.
+
+    din_train_vs_padded     DIN over histories of Zipf lengths (mean 20, at most 100): padded plain torch / jagged
+    dcnv2_train_vs_plain    DCN V2 with low-rank crosses: plain torch / fused
+
+    python bench/kernels.py
+"""
+
+import argparse
+from contextlib import AbstractContextManager, nullcontext
+from itertools import cycle
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from harness import Result, interleave
+from ninerank.embedding.collection import EmbeddingConfig
+from ninerank.embedding.optimizer import SparseOptimizerConfig, sparse_optimizer
+from ninerank.features.batch import Batch
+from ninerank.features.spec import FeatureSpec
+from ninerank.features.transform import Transform
+from ninerank.towers.config import parse_model
+from ninerank.towers.registry import build_model
+
+BATCH_SIZE, NUM_BATCHES, DIM = 2048, 4, 16
+NUM_ITEMS, NUM_FIELDS, FIELD_IDS = 100_000, 10, 10_000
+MEAN_LENGTH, MAX_LENGTH = 20, 100
+TOLERANCE = 2e-4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--only", choices=("din", "dcnv2"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    shapes = {"batch": BATCH_SIZE, "dim": DIM, "fields": NUM_FIELDS + 1, "history_mean": MEAN_LENGTH, "history_max": MAX_LENGTH}
+    with Result("kernels", shapes) as result:
+        if options.only != "dcnv2":
+            _compare(result, "din_train_vs_padded", _din(), options.rounds)
+
+
+class Step:
+    """One training step of a model over batches in turn. inside: what the step runs within."""
+
+    def __init__(self, spec: FeatureSpec, batches: list[Batch], model: dict[str, Any], inside: Any = nullcontext, **embedding: Any) -> None:
+        self.model = build_model(parse_model(model), spec, EmbeddingConfig(**embedding), seed=1)
+        self.dense = torch.optim.Adam(self.model.tower.parameters(), lr=1e-3, fused=True)
+        self.sparse = sparse_optimizer(self.model.embedding, SparseOptimizerConfig())
+        self.batches, self.turn, self.inside = batches, cycle(batches), inside
+
+    def __call__(self) -> None:
+        self.backward(next(self.turn))
+        self.dense.step()
+        self.sparse.step()
+
+    def backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss and logits of a batch, with gradients left in the parameters and the tables."""
+        self.dense.zero_grad()
+        self.sparse.zero_grad()
+        with self.inside():
+            logits_BT = self.model(batch)
+            assert batch.label_BT is not None
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(logits_BT, batch.label_BT)
+            loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach(), logits_BT.detach()
+
+    def checked(self) -> list[Tensor]:
+        """Loss, logits, gradients, and the tables after one step."""
+        found = [*self.backward(self.batches[0]), *(p.grad.clone() for p in self.model.tower.parameters() if p.grad is not None)]
+        self()
+        return [*found, *(group.storage.detach() for _, group in self.model.embedding.named_groups())]
+
+
+def _compare(result: Result, ratio: str, sides: dict[str, Step], rounds: int) -> None:
+    (ours, mine), (theirs, other) = sides.items()
+    for one, two in zip(mine.checked(), other.checked(), strict=True):
+        scale = float(two.abs().max()) + 1e-6
+        assert float((one - two).abs().max()) <= TOLERANCE * scale, f"{ratio}: the two steps differ"
+    times = interleave({ours: mine, theirs: other}, rounds)
+    result.timings(times)
+    result.ratio(ratio, times[theirs].p50_ms / times[ours].p50_ms)
+
+
+def _din() -> dict[str, Step]:
+    spec, batches = _data(with_history=True)
+    model = {"name": "din", "embedding_dim": DIM}
+    return {
+        "din_jagged": Step(spec, batches, model, sequence_length="jagged"),
+        "din_padded": Step(spec, batches, model, _plain),
+    }
+
+
+def _plain() -> AbstractContextManager[object]:
+    """Plain torch in place of the fused operators of towers."""
+    return nullcontext()
+
+
+def _data(*, with_history: bool) -> tuple[FeatureSpec, list[Batch]]:
+    """A fitted spec and a few batches of it: single ids, and a history of the item with lengths drawn from a Zipf law."""
+    encoding = {"kind": "hashed", "num_buckets": FIELD_IDS}
+    features: list[dict[str, Any]] = [
+        {"name": f"f{i}", "kind": "id", "role": "user" if i % 2 else "item", "dtype": "int64", "encoding": encoding}
+        for i in range(NUM_FIELDS)
+    ]
+    features.append(
+        {"name": "item", "kind": "id", "role": "item", "dtype": "int64", "encoding": {"kind": "hashed", "num_buckets": NUM_ITEMS}}
+    )
+    if with_history:
+        features.append({"name": "history", "kind": "sequence", "role": "user", "of": "item", "max_length": MAX_LENGTH})
+    spec = FeatureSpec.parse({"labels": ["click"], "features": features}, "spec")
+    rng, transform = np.random.default_rng(1), Transform(spec)
+    return spec, [transform.batch(_rows(rng, with_history=with_history)) for _ in range(NUM_BATCHES)]
+
+
+def _rows(rng: np.random.Generator, *, with_history: bool) -> pa.RecordBatch:
+    columns: dict[str, Any] = {"click": rng.integers(0, 2, BATCH_SIZE), "item": rng.integers(0, NUM_ITEMS, BATCH_SIZE)}
+    columns.update({f"f{i}": rng.integers(0, FIELD_IDS, BATCH_SIZE) for i in range(NUM_FIELDS)})
+    if with_history:
+        columns["history"] = [rng.integers(0, NUM_ITEMS, length).tolist() for length in _lengths(rng)]
+    return pa.RecordBatch.from_pydict({name: pa.array(values) for name, values in columns.items()})
+
+
+def _lengths(rng: np.random.Generator) -> "np.ndarray[Any, Any]":
+    """Lengths 1 ... MAX_LENGTH with P(l) ~ l^-s, s such that their mean is MEAN_LENGTH."""
+    each = np.arange(1, MAX_LENGTH + 1)
+    low, high = 0.0, 3.0
+    for _ in range(50):
+        exponent = (low + high) / 2
+        weight = each**-exponent
+        low, high = (exponent, high) if (weight * each).sum() > MEAN_LENGTH * weight.sum() else (low, exponent)
+    weight = each**-low
+    return rng.choice(each, BATCH_SIZE, p=weight / weight.sum())
+
+
+if __name__ == "__main__":
+    main()
