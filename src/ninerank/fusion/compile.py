@@ -123,7 +123,8 @@ class _Compiler:
                 if not why:
                     difference, why = self._checked(tried)
                 if not why and self.must_pay:
-                    why = self._price(own, module, tried, cost, after)
+                    active = [other for other in self.passes if other.name not in withdrawn]
+                    why = _price(own, active, (module, tried), (cost, after))
                 if why:
                     withdrawn.add(own.name)
                 self.records.append(
@@ -180,14 +181,16 @@ class _Compiler:
             log.warning("a pass is withdrawn: %s", why)
         return difference, why
 
-    def _price(self, own: Pass, module: fx.GraphModule, tried: fx.GraphModule, cost: Cost, after: Cost) -> str:
-        """Why a change does not pay; empty where it does."""
-        if own.prepares:
-            others = [other for other in self.passes if other is not own]
-            cost, after = _cost(_rewritten(module, others)), _cost(_rewritten(tried, self.passes))
-        if after.modelled_us <= cost.modelled_us * (1 + 1e-9):
-            return ""
-        return f"does not pay: {cost.modelled_us:.1f} us without it, {after.modelled_us:.1f} us with it"
+
+def _price(own: Pass, active: Sequence[Pass], graphs: tuple[fx.GraphModule, fx.GraphModule], costs: tuple[Cost, Cost]) -> str:
+    """Why the second graph does not pay; empty where it does. active: passes that may still follow."""
+    before, after = costs
+    if own.prepares:
+        others = [other for other in active if other is not own]
+        before, after = _cost(_rewritten(graphs[0], others)), _cost(_rewritten(graphs[1], active))
+    if after.modelled_us <= before.modelled_us * (1 + 1e-9):
+        return ""
+    return f"does not pay: {before.modelled_us:.1f} us without it, {after.modelled_us:.1f} us with it"
 
 
 def _rewritten(module: fx.GraphModule, passes: Sequence[Pass]) -> fx.GraphModule:
