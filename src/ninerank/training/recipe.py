@@ -16,7 +16,7 @@ import yaml
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 from typing_extensions import Self
 
-from ninerank.config import Config, read_mapping
+from ninerank.config import Config, read_mapping, yaml_problem
 from ninerank.embedding.collection import EmbeddingConfig
 from ninerank.embedding.sharding.config import ShardingConfig
 from ninerank.errors import SpecError
@@ -190,7 +190,7 @@ def apply_override(mapping: dict[str, Any], text: str) -> None:
     try:
         value = yaml.safe_load(raw)
     except yaml.YAMLError as error:
-        raise SpecError(f"--set {text!r}: {raw!r} is not valid YAML: {error}") from None
+        raise SpecError(f"--set {text!r}: {raw!r} is not valid YAML: {yaml_problem(error, raw)[1]}") from None
     node: Any = mapping
     for i, part in enumerate(parts):
         place = ".".join(parts[:i])
