@@ -79,12 +79,38 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"), [(["docter"], "doctor"), (["doctor", "--nosuch"], "--nosuch"), (["doctor", "extra"], "extra")]
-)
-def test_wrong_usage_exits_with_2(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = run(*words, capsys=capsys)
-    assert code == 2
-    assert message in err
+    ("line", "said"),
+    [
+        ("docter", "ninerank: unknown command 'docter'; did you mean 'doctor'? valid: doctor, evaluate, "),
+        ("--nosuch", "ninerank: unknown option '--nosuch'; valid: --help, --quiet, --verbose, --version "),
+        ("doctor --nosuch", "ninerank doctor: unknown option '--nosuch'; valid: --device, --help, --json, --redis "),
+        ("doctor extra", "ninerank doctor: got unexpected extra argument(s) (extra) "),
+        ("train r.yaml --resum", "ninerank train: unknown option '--resum'; did you mean '--resume'? valid: "),
+        ("train r.yaml --set", "ninerank train: option '--set' requires an argument "),
+        ("export", "ninerank export: missing argument 'RUN' "),
+        ("evaluate run", "ninerank evaluate: missing argument 'data' "),
+        ("features ft", "ninerank features: unknown command 'ft'; did you mean 'fit'? valid: check, fit, "),
+        ("features fit", "ninerank features fit: missing argument 'spec' "),
+        ("serve b --port x", "ninerank serve: invalid value for '--port' / '-p': Input should be a valid integer, "),
+        ("serve b -p 70000", "ninerank serve: invalid value for '--port' / '-p': Input should be less than or equal to 65535 "),
+        ("rank --candidates 0", "ninerank rank: invalid value for '--candidates': Input should be greater than or equal to 1 (value '0') "),
+        ("replay x", "ninerank replay: invalid value for --bundle / --target: give one of --bundle and --target "),
+        ("replay x --bundle b --unlabelled q", "ninerank replay: invalid value for '--unlabelled': 'q' is not one of 'skip', 'zero' "),
+    ],
+)  # fmt: skip
+def test_wrong_usage_is_one_line_and_exits_with_2(line: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(*line.split(), capsys=capsys)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {said}")
+    assert err.count("\n") == 1
+    assert err.endswith("--help)\n")
+
+
+def test_no_words_show_the_help_page(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ((), ("features",)):
+        code, out, err = run(*words, capsys=capsys)
+        assert (code, err) == (2, "")
+        assert "Usage: ninerank" in out
 
 
 def test_own_errors_are_one_line_and_exit_with_1(verb: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:

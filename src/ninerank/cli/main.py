@@ -9,12 +9,12 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ninerank import __version__
-from ninerank.errors import NinerankError
+from ninerank.errors import NinerankError, nearest
 
 # verb -> what `ninerank --help` says of it; the module is ninerank.cli.<verb>, with `run` (a command) or `app` (sub-commands).
 VERBS = {
@@ -46,6 +46,9 @@ _BROUGHT_BY = {
     "torch_npu": _DOCTOR,
 }
 
+# The class that typer keeps for itself: unknown options, missing arguments, values that do not fit.
+_WrongUsage: Any = typer.BadParameter.__mro__[1]
+
 log = logging.getLogger(__name__)
 
 
@@ -54,7 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     verb = next((word for word in words if not word.startswith("-")), None)
     try:
-        build(verb)(words, prog_name="ninerank")
+        raise SystemExit(build(verb)(words, prog_name="ninerank", standalone_mode=False))
+    except _WrongUsage as error:
+        _refuse(error, words, verb)
+    except typer.Abort:
+        raise SystemExit(130) from None
     except NinerankError as error:
         _fail(str(error), error)
     except ModuleNotFoundError as error:
@@ -131,6 +138,40 @@ class _StandardError(logging.StreamHandler):  # type: ignore[type-arg]
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr  # setStream would flush the old one, which may be closed
         super().emit(record)
+
+
+def _refuse(error: Any, words: Sequence[str], verb: str | None) -> None:
+    """One line for wrong usage, and exit code 2."""
+    context, kind = error.ctx, type(error).__name__
+    message = " ".join(error.format_message().split()).rstrip(".").replace("Value error, ", "")
+    if kind == "NoArgsIsHelpError":  # the help page was printed when the error was made
+        raise SystemExit(2)
+    path = f"ninerank {verb}" if verb in VERBS else "ninerank"
+    if context is not None:
+        path = context.command_path
+        if kind == "NoSuchOption":
+            message = f"unknown option {error.option_name!r}; {nearest(error.option_name, _long_options(context))}"
+        elif message.startswith("No such command"):
+            name = error.message.split("'")[1]
+            message = f"unknown command {name!r}; {nearest(name, context.command.commands)}"
+    given = _given(getattr(error, "param", None), words) if message.startswith("Invalid value") else ""
+    print(f"error: {path}: {message[:1].lower()}{message[1:]}{given} (see {path} --help)", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _given(option: Any, words: Sequence[str]) -> str:
+    """The value that `words` give an option, as an error shows it; the exception itself does not carry it."""
+    for name in getattr(option, "opts", ()):
+        for word, after in zip(words, (*words[1:], ""), strict=True):
+            value = after if word == name else word.removeprefix(f"{name}=")
+            if word == name or value != word:
+                return f" (value {value[:80]!r})"
+    return ""
+
+
+def _long_options(context: Any) -> list[str]:
+    names = [name for own in context.command.get_params(context) for name in (*own.opts, *own.secondary_opts)]
+    return [name for name in names if name.startswith("--")]
 
 
 def _fail(message: str, error: Exception) -> None:
