@@ -19,8 +19,8 @@ def spec(**feature: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("r.yaml", "data:\n  dir: log\n train: x\n", ":3:2: is not valid YAML: did not find expected key (while parsing a block mapping, from line 1 on)"),
-        ("r.yaml", "a: 1\nb: [1, 2\n", ":3:1: is not valid YAML: did not find expected ',' or ']' (while parsing a flow sequence, from line 2 on)"),
+        ("r.yaml", "data:\n  dir: log\n train: x\n", ":3:2: is not valid YAML: did not find expected key"),
+        ("r.yaml", "a: 1\nb: [1, 2\n", ":3:1: is not valid YAML: did not find expected ',' or ']'"),
         ("r.yaml", "a:\n\tb: 1\n", ":2:1: is not valid YAML: a tab; indent with spaces"),
         ("r.yaml", "a: b: c\n", ":1:5: is not valid YAML: mapping values are not allowed in this context"),
         ("r.yaml", "a: *b\n", ":1:4: is not valid YAML: found undefined alias"),
