@@ -16,10 +16,9 @@ from torch import fx
 from ninerank.evaluation.graphs import LEGEND, graph_svg
 from ninerank.evaluation.page import facts_section, page, table_section, tiles
 from ninerank.fusion.capture import REQUESTS, ROWS, inputs_of
-from ninerank.fusion.compile import PassRecord
+from ninerank.fusion.compile import SINGLE, PassRecord, graph_for_one
 from ninerank.fusion.cost import NOMINAL_LENGTH, NOMINAL_ROWS, Cost
 from ninerank.fusion.editor import size_names
-from ninerank.fusion.single import single_request
 from ninerank.fusion.verify import draw_inputs
 from ninerank.predictor.bundle import Bundle
 from ninerank.predictor.graph import build_graph
@@ -67,7 +66,7 @@ def fusion_report(bundle: Bundle) -> FusionReport:
     source, compiled = build_graph(bundle.source, device), build_graph(bundle.graph, device)
     sizes = dict.fromkeys(size_names(source), NOMINAL_LENGTH) | {REQUESTS: 1, ROWS: NOMINAL_ROWS}
     batch = draw_inputs(inputs_of(source), sizes, torch.Generator().manual_seed(0))
-    of_one = single_request(compiled)
+    of_one = graph_for_one(compiled, bundle.manifest.passes)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -112,7 +111,7 @@ def fusion_page(report: FusionReport) -> str:
 
 def _sections(report: FusionReport) -> Iterable[str]:
     before, after = report.manifest.graph_before, report.manifest.graph_after
-    fired = len({record.name for record in report.records if record.fired and not record.withdrawn})
+    fired = len({record.name for record in report.records if record.fired and not record.withdrawn and record.name != SINGLE})
     yield (
         f'<p class="verdict">The compiled graph needs {_share(after.flops, before.flops)} of the arithmetic, '
         f"{_share(after.bytes_moved, before.bytes_moved)} of the memory traffic and {after.launches} kernels instead of {before.launches} "

@@ -9,8 +9,9 @@ they are there: what is not understood is not touched.
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from pydantic import Field
 from torch import Tensor, fx
@@ -22,9 +23,10 @@ from ninerank.fusion.passes import PASSES, Pass
 from ninerank.fusion.single import single_request
 from ninerank.fusion.verify import Verifier
 
-__all__ = ["CompiledGraph", "PassError", "PassRecord", "compile_graph"]
+__all__ = ["SINGLE", "CompiledGraph", "PassError", "PassRecord", "compile_graph", "graph_for_one"]
 
 MAX_ROUNDS = 8
+SINGLE = "single_request"
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +36,7 @@ class PassError(AssertionError):
 
 
 class PassRecord(Config):
-    """What one pass did in one round, or (round 0) that it found nothing to do.
+    """What one pass did in one round, or (round 0) that it found nothing to do; at the end that `single_request` was checked.
 
     fired: places changed. withdrawn: whether the change was taken back, and why. before, after: cost of the graph for one request;
     where the change was taken back, `after` is what it would have been, or the same where that is unknown. difference: largest
@@ -63,10 +65,10 @@ class CompiledGraph:
 
     @property
     def fired(self) -> dict[str, int]:
-        """How often each pass fired and was kept."""
+        """How often each pass fired and was kept; `single_request`, which makes another graph, left out."""
         counts: dict[str, int] = {}
         for record in self.records:
-            if record.fired and not record.withdrawn:
+            if record.fired and not record.withdrawn and record.name != SINGLE:
                 counts[record.name] = counts.get(record.name, 0) + record.fired
         return counts
 
@@ -84,7 +86,22 @@ def compile_graph(
     examples: golden batches by input name, checked besides random ones. must_pay: withdraw what the cost model says costs more.
     raise_wrong: raise PassError where a pass fails or changes scores, as tests want it; else it is withdrawn and logged.
     """
-    return _Compiler(module, examples, passes, must_pay=must_pay, raise_wrong=raise_wrong).run()
+    try:
+        compiler = _Compiler(module, examples, passes, must_pay=must_pay, raise_wrong=raise_wrong)
+        cost = _cost(module)
+    except Exception as error:
+        if raise_wrong:
+            raise
+        why = f"the graph cannot be analysed: {_told(error)}"
+        log.warning("%s; it stays as it is", why)
+        return CompiledGraph(module, tuple(PassRecord(name=own.name, round=0, why=why) for own in passes), Cost(), Cost())
+    return compiler.run(cost)
+
+
+def graph_for_one(module: fx.GraphModule, records: Sequence[PassRecord]) -> fx.GraphModule:
+    """The graph to run for one request: `single_request` where the records say that it was right, else the graph itself."""
+    is_right = any(record.name == SINGLE and not record.withdrawn for record in records)
+    return single_request(module) if is_right else module
 
 
 class _Compiler:
@@ -103,8 +120,8 @@ class _Compiler:
         self.must_pay, self.raise_wrong = must_pay, raise_wrong
         self.records: list[PassRecord] = []
 
-    def run(self) -> CompiledGraph:
-        module, before = self.source, _cost(self.source)
+    def run(self, before: Cost) -> CompiledGraph:
+        module = self.source
         editor: Editor | None = None
         cost, withdrawn = before, set[str]()
         for round_ in range(1, MAX_ROUNDS + 1):
@@ -121,7 +138,7 @@ class _Compiler:
                 after = cost if why else _cost(tried)
                 difference = 0.0
                 if not why:
-                    difference, why = self._checked(tried)
+                    difference, why = self._checked(partial(_itself, tried))
                 if not why and self.must_pay:
                     active = [other for other in self.passes if other.name not in withdrawn]
                     why = _price(own, active, (module, tried), (cost, after))
@@ -144,11 +161,31 @@ class _Compiler:
                     module, cost, changed = tried, after, True
             if not changed:
                 break
+        self._finish(module, cost)
         known = {record.name for record in self.records}
         self.records += [
             PassRecord(name=own.name, round=0, why="nothing to do", before=cost, after=cost) for own in self.passes if own.name not in known
         ]
         return CompiledGraph(module, tuple(self.records), before, cost)
+
+    def _finish(self, module: fx.GraphModule, cost: Cost) -> None:
+        """Check the variant for one request, which costs are counted for."""
+        start = time.perf_counter()
+        difference, why = self._checked(partial(single_request, module), one_request=True)
+        milliseconds = round((time.perf_counter() - start) * 1e3, 3)
+        self.records.append(
+            PassRecord(
+                name=SINGLE,
+                round=1,
+                fired=1,
+                withdrawn=bool(why),
+                why=why,
+                before=measure(module),
+                after=cost,
+                difference=difference,
+                milliseconds=milliseconds,
+            )
+        )
 
     def _try(self, own: Pass, editor: Editor) -> tuple[fx.GraphModule, int, str]:
         """The graph after one pass, how often it fired, and what went wrong."""
@@ -159,14 +196,14 @@ class _Compiler:
             if self.raise_wrong:
                 raise PassError(f"pass {own.name} failed: {type(error).__name__}: {error}") from error
             log.warning("pass %s failed and is left out (%s: %s)", own.name, type(error).__name__, error)
-            return editor.module, 0, f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            return editor.module, 0, f"failed: {_told(error)}"
 
-    def _checked(self, tried: fx.GraphModule) -> tuple[float, str]:
+    def _checked(self, make: Callable[[], fx.GraphModule], *, one_request: bool = False) -> tuple[float, str]:
         """Largest difference from exact scores, and what is wrong with it."""
         try:
-            difference = self.verifier.difference(tried)
+            difference = self.verifier.difference(make(), one_request=one_request)
         except Exception as error:  # noqa: BLE001 - a graph that is wrong may fail in any way
-            difference, why = 0.0, f"its graph fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            difference, why = 0.0, f"its graph fails: {_told(error)}"
         else:
             why = (
                 ""
@@ -180,6 +217,15 @@ class _Compiler:
         if why:
             log.warning("a pass is withdrawn: %s", why)
         return difference, why
+
+
+def _itself(module: fx.GraphModule) -> fx.GraphModule:
+    return module
+
+
+def _told(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def _price(own: Pass, active: Sequence[Pass], graphs: tuple[fx.GraphModule, fx.GraphModule], costs: tuple[Cost, Cost]) -> str:

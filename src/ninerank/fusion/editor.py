@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from ninerank.fusion.capture import REQUESTS, ROWS, add_weight, inputs_of
 from ninerank.fusion.roles import colour, joined_role
 
-__all__ = ["Editor", "named_sizes", "size_names"]
+__all__ = ["Editor", "is_random", "named_sizes", "size_names"]
 
 _PRIMES = (10007, 10009, 10037, 10039, 10061, 10067, 10069, 10079, 10091, 10093, 10099, 10103, 10111, 10133, 10139, 10141, 10151)
 
@@ -33,6 +33,11 @@ def named_sizes(module: fx.GraphModule) -> dict[str, int]:
     if len(names) > len(_PRIMES):
         return {name: 20011 + 2 * place for place, name in enumerate(names)}
     return dict(zip(names, _PRIMES, strict=False))
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether a call draws at random."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 class Editor:

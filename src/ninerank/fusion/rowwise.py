@@ -144,7 +144,7 @@ def _constants_from(position: int, *, least_rank: int = 2) -> Callable[[Editor, 
 
 
 def _batch_norm(editor: Editor, node: fx.Node) -> bool:
-    return node.args[5] is False and _constants_from(1)(editor, node)
+    return node.args[5:6] == (False,) and _constants_from(1)(editor, node)
 
 
 def _layer_norm(editor: Editor, node: fx.Node) -> bool:

@@ -24,7 +24,7 @@ from ninerank.errors import BundleError, DataError, RequestError, SpecError
 from ninerank.features.batch import Batch
 from ninerank.features.transform import Transform
 from ninerank.fusion.capture import inputs_of
-from ninerank.fusion.single import single_request
+from ninerank.fusion.compile import graph_for_one
 from ninerank.predictor.bundle import ROUNDING_TOLERANCE, Bundle
 from ninerank.predictor.graph import build_graph
 from ninerank.predictor.rawids import RawIds, lookup_spec
@@ -50,7 +50,7 @@ class Engine:
         self._raw_ids = _raw_ids(bundle)
         self._embedding = _collection(bundle, device)
         self._graph = build_graph(bundle.graph, device.torch_device)
-        self._graph_of_one = single_request(self._graph)
+        self._graph_of_one = graph_for_one(self._graph, bundle.manifest.passes)
         self._inputs = tuple(given.name for given in inputs_of(self._graph))
 
     @classmethod

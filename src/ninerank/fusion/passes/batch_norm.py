@@ -21,6 +21,8 @@ def apply(editor: Editor) -> int:
 
 
 def _fold(editor: Editor, node: fx.Node) -> bool:
+    if len(node.args) < 8:
+        return False
     source, gamma, beta, mean, var, training, _, eps = node.args[:8]
     if training is not False or not isinstance(source, fx.Node) or source.target is not aten.linear.default or len(source.users) > 1:
         return False

@@ -1,18 +1,19 @@
 """Constant folding: what follows from weights alone is computed now, and what does nothing is left out.
 
 pattern   y = f(weights);  dropout in evaluation, a type that a tensor has already, a slice of everything, an expansion to the
-          same shape, an empty part of a concatenation, a concatenation of one part
-rewrite   y is a weight;  the operator's input stands for its output
-right     weights of a bundle never change; the others return their input
+          same shape, an empty part of a concatenation, a concatenation of one part;  x.view(rows, -1)
+rewrite   y is a weight;  the operator's input stands for its output;  flatten(x, 1), which needs no size
+right     weights of a bundle never change; the others return their input, or what they returned
 pays      always
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import fx
 
-from ninerank.fusion.editor import Editor
+from ninerank.fusion.editor import Editor, is_random
 
 __all__ = ["apply"]
 
@@ -36,7 +37,7 @@ def _folded(editor: Editor, node: fx.Node) -> bool:
     weights = [editor.constant(other) for other in node.all_input_nodes]
     if not isinstance(value, torch.Tensor) or any(weight is None for weight in weights):
         return False
-    if not weights or value.numel() * value.element_size() > MAX_FOLDED_BYTES:
+    if not weights or is_random(node) or value.numel() * value.element_size() > MAX_FOLDED_BYTES:
         return False
     target: Any = node.target
     args, kwargs = fx.map_arg((node.args, node.kwargs), editor.constant)
@@ -54,7 +55,17 @@ def _without_effect(editor: Editor, node: fx.Node) -> bool:
         return True
     if node.target is aten.cat.default:
         return _emptied(editor, node)
-    return False
+    return node.target in (aten.view.default, aten.reshape.default) and _flattened(editor, node)
+
+
+def _flattened(editor: Editor, node: fx.Node) -> bool:
+    """x.view(rows, -1) and the like -> flatten(x, 1)."""
+    before, after = editor.shape(node.args[0]), editor.shape(node)
+    if len(before) < 3 or after != (before[0], math.prod(before[1:])) or before[0] not in (editor.rows, editor.requests):
+        return False
+    with editor.before(node):
+        editor.replace(node, editor.call(aten.flatten.using_ints, node.args[0], 1))
+    return True
 
 
 def _passed_on(editor: Editor, node: fx.Node) -> fx.Node | None:
@@ -63,7 +74,7 @@ def _passed_on(editor: Editor, node: fx.Node) -> fx.Node | None:
         return None
     source, target = node.args[0], node.target
     same_shape = editor.shape(source) == editor.shape(node)
-    if target is aten.dropout.default and node.args[2] is False:
+    if target is aten.dropout.default and node.args[2:] == (False,):
         return source
     if target is aten.to.dtype and len(node.args) == 2 and not node.kwargs and source.meta["val"].dtype == node.args[1]:
         return source

@@ -2,7 +2,7 @@
 
 pattern   y = f(x), z = f(x)
 rewrite   z is y
-right     operators of a captured graph are pure: they write nowhere and draw nothing at random
+right     operators of a captured graph are pure; those that draw at random are left alone
 pays      always; a mask that two groups of tables use is converted once, and its lengths are summed once
 """
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx
 
-from ninerank.fusion.editor import Editor
+from ninerank.fusion.editor import Editor, is_random
 
 __all__ = ["apply"]
 
@@ -19,6 +19,8 @@ def apply(editor: Editor) -> int:
     fired = 0
     seen: dict[Any, fx.Node] = {}
     for node in editor.calls():
+        if is_random(node):
+            continue
         key = (node.target, _key(node.args), _key(node.kwargs))
         first = seen.setdefault(key, node)
         if first is not node:
