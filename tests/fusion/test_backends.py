@@ -1,7 +1,7 @@
 """Every backend gives the scores of the module, for any number of requests, rows and ids of a history, in fp32 and bf16."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 import torch
@@ -11,6 +11,8 @@ from ninerank.errors import BundleError, DeviceError
 from ninerank.fusion import backends
 from ninerank.fusion.backends import onednn
 from ninerank.fusion.backends.script import script
+from ninerank.fusion.capture import REQUESTS, ROWS, GraphInput, capture
+from ninerank.fusion.single import single_request
 
 CPU = torch.device("cpu")
 
@@ -23,10 +25,20 @@ class Split(nn.Module):
         self.user, self.item = nn.Linear(24, 32), nn.Linear(40, 32, bias=False)
         self.hidden, self.out = nn.Linear(32 + 8, 32), nn.Linear(32, 1)
 
-    def forward(self, user_UF: Tensor, item_BF: Tensor, history_BLD: Tensor, user_row_B: Tensor) -> Tensor:
-        first = torch.relu(self.item(item_BF) + self.user(user_UF).index_select(0, user_row_B))
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        history_BLD = inputs["history"]
+        first = torch.relu(self.item(inputs["item"]) + self.user(inputs["user"]).index_select(0, inputs["user_row"]))
         pooled = (history_BLD * (history_BLD.shape[1] + 1)).sum(1) / 7.0
-        return self.out(torch.sigmoid(self.hidden(torch.cat([first, pooled], dim=1)))).clamp(max=float("inf"))
+        logits_BT: Tensor = self.out(torch.sigmoid(self.hidden(torch.cat([first, pooled], dim=1)))).clamp(max=float("inf"))
+        return logits_BT
+
+
+INPUTS = (
+    GraphInput("user", "request", (REQUESTS, 24)),
+    GraphInput("item", "item", (ROWS, 40)),
+    GraphInput("history", "item", (ROWS, "L", 8)),
+    GraphInput("user_row", "joint", (ROWS,), torch.int64),
+)
 
 
 def inputs(requests: int, rows: int, length: int) -> tuple[Tensor, ...]:
@@ -35,15 +47,16 @@ def inputs(requests: int, rows: int, length: int) -> tuple[Tensor, ...]:
     return user, item, history, torch.randint(0, requests, (rows,), generator=draw)
 
 
+def scores(module: nn.Module, values: tuple[Tensor, ...]) -> Tensor:
+    out: Tensor = module({given.name: value for given, value in zip(INPUTS, values, strict=True)})
+    return out
+
+
 @pytest.fixture(scope="module")
 def exported() -> tuple[nn.Module, fx.GraphModule]:
     torch.manual_seed(0)
     module = Split().eval()
-    rows = torch.export.Dim("rows")
-    dynamic = ({0: torch.export.Dim("requests")}, {0: rows}, {0: rows, 1: torch.export.Dim("length")}, {0: rows})
-    graph = torch.export.export(module, inputs(3, 5, 4), dynamic_shapes=dynamic).module()
-    assert isinstance(graph, fx.GraphModule)
-    return module, graph
+    return module, capture(module, INPUTS)
 
 
 SHAPES = [(1, 1, 1), (1, 7, 3), (3, 7, 2), (5, 300, 9)]
@@ -53,10 +66,10 @@ SHAPES = [(1, 1, 1), (1, 7, 3), (3, 7, 2), (5, 300, 9)]
 @pytest.mark.parametrize("name", ["script", "eager", pytest.param("inductor", marks=pytest.mark.slow)])  # compiles C++
 def test_backends_give_the_modules_scores(exported: tuple[nn.Module, fx.GraphModule], name: str) -> None:
     module, graph = exported
-    run = backends.lower(graph, CPU, backend=name, request_input=0)
+    run = backends.lower(graph, CPU, backend=name)
     for shape in SHAPES:
         with torch.inference_mode():
-            torch.testing.assert_close(run(*inputs(*shape)), module(*inputs(*shape)), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(run(*inputs(*shape)), scores(module, inputs(*shape)), rtol=1e-5, atol=1e-6)
 
 
 needs_bf16 = pytest.mark.skipif(not backends._multiplies_bf16(), reason="this CPU has neither AMX nor AVX512-bf16")
@@ -65,10 +78,10 @@ needs_bf16 = pytest.mark.skipif(not backends._multiplies_bf16(), reason="this CP
 @needs_bf16
 def test_bf16_stays_within_its_rounding_and_packs_what_is_worth_it(exported: tuple[nn.Module, fx.GraphModule]) -> None:
     module, graph = exported
-    run = backends.lower(graph, CPU, backend="script", precision="bf16", request_input=0)
+    run = backends.lower(graph, CPU, backend="script", precision="bf16")
     for shape in SHAPES:
         with torch.inference_mode():
-            got, want = run(*inputs(*shape)), module(*inputs(*shape))
+            got, want = run(*inputs(*shape)), scores(module, inputs(*shape))
         assert got.dtype == torch.float32
         assert float((got.sigmoid() - want.sigmoid()).abs().max()) < 1e-3
         assert shape[1] == 1 or not torch.equal(got, want)
@@ -78,8 +91,8 @@ def test_one_request_is_a_bias_in_the_same_operator(exported: tuple[nn.Module, f
     if not onednn.has_packed_linear():
         pytest.skip("this build of torch has no packed linear layers")
     _, graph = exported
-    own = backends.plain(graph)
-    assert onednn.pack_linears(own, bf16=False, single_request=True) == 3
+    own = single_request(graph)
+    assert onednn.pack_linears(own, bf16=False) == 3
     targets = [node.target for node in own.graph.nodes if node.op == "call_function"]
     assert torch.ops.aten.add.Tensor not in targets
     assert torch.ops.aten.relu.default not in targets
@@ -90,12 +103,12 @@ def test_one_request_is_a_bias_in_the_same_operator(exported: tuple[nn.Module, f
 
 def test_scripts_run_in_several_threads_at_once(exported: tuple[nn.Module, fx.GraphModule]) -> None:
     module, graph = exported
-    run = backends.lower(graph, CPU, backend="script", request_input=0)
+    run = backends.lower(graph, CPU, backend="script")
     wrong: list[float] = []
 
     def work(shape: Sequence[int]) -> None:
         with torch.inference_mode():
-            want = module(*inputs(*shape))
+            want = scores(module, inputs(*shape))
             for _ in range(50):
                 difference = float((run(*inputs(*shape)) - want).abs().max())
                 if difference > 1e-5:

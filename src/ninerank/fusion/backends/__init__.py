@@ -19,6 +19,8 @@ from torch import Tensor, fx
 from ninerank.errors import DeviceError, nearest
 from ninerank.fusion.backends.onednn import has_packed_linear, pack_linears
 from ninerank.fusion.backends.script import script
+from ninerank.fusion.capture import GraphInput, inputs_of
+from ninerank.fusion.single import single_request
 
 __all__ = ["AUTO", "BACKENDS", "Precision", "Runner", "lower"]
 
@@ -30,13 +32,21 @@ Run = Callable[..., Tensor]
 
 
 class Runner:
-    """A graph bound to a device: takes its inputs in the order of the placeholders and returns logits_BT (float32).
+    """A graph bound to a device: takes `inputs`, in their order, and returns logits_BT (float32).
 
-    Requests of one user take a graph of their own where there is one: the user's row is then a bias, not a batch.
+    One request takes a graph of its own where there is one (`fusion.single`): what is the same for all candidates is broadcast.
     """
 
-    def __init__(self, backend: str, precision: Precision, run: Run, run_single: Run | None = None, request_input: int = 0) -> None:
-        self.backend, self.precision = backend, precision
+    def __init__(
+        self,
+        backend: str,
+        precision: Precision,
+        inputs: Sequence[GraphInput],
+        run: Run,
+        run_single: Run | None = None,
+        request_input: int = 0,
+    ) -> None:
+        self.backend, self.precision, self.inputs = backend, precision, tuple(inputs)
         self._run, self._run_single, self._request_input = run, run_single, request_input
 
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -51,12 +61,10 @@ def lower(
     *,
     backend: str = AUTO,
     precision: Precision = "fp32",
-    request_input: int | None = None,
 ) -> Runner:
-    """Bind a graph of operators whose weights lie on `device`; the module itself stays as it is.
+    """Bind a captured graph whose weights lie on `device`; the module itself stays as it is.
 
-    request_input: which input has one row a request; None where requests are not told apart. Raises DeviceError for a backend that is
-    unknown or does not run here, and for bf16 where the device does not multiply it.
+    Raises DeviceError for a backend that is unknown or does not run here, and for bf16 where the device does not multiply it.
     """
     if backend != AUTO and backend not in BACKENDS:
         raise DeviceError(f"unknown backend {backend!r}; {nearest(backend, [AUTO, *BACKENDS])}")
@@ -67,58 +75,42 @@ def lower(
         raise DeviceError(f"precision 'bf16' needs backend 'script' on a CPU with AMX or AVX512-bf16; here it is {name!r} on {device.type}")
     if backend == AUTO:
         log.info("graph runs by %s, precision %s", name, precision)
-    return BACKENDS[name](plain(module), precision, request_input)
-
-
-def plain(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy, weights shared, of operators, sizes and weights alone: without the checks and calling convention that torch.export adds."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in module.graph.nodes:
-        if node.op != "call_module" or node.users:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.eliminate_dead_code()
-    return fx.GraphModule(module, graph)
+    bind, inputs = BACKENDS[name], inputs_of(module)
+    place = next((place for place, given in enumerate(inputs) if given.role == "request"), None)
+    if place is None:
+        return Runner(name, precision, inputs, bind(module, precision))
+    return Runner(name, precision, inputs, bind(module, precision), bind(single_request(module), precision), place)
 
 
 def _multiplies_bf16() -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
-def _eager(module: fx.GraphModule, precision: Precision, request_input: int | None) -> Runner:
-    return Runner("eager", precision, _logits(module))
+def _eager(module: fx.GraphModule, precision: Precision) -> Run:
+    return module
 
 
-def _inductor(module: fx.GraphModule, precision: Precision, request_input: int | None) -> Runner:
+def _inductor(module: fx.GraphModule, precision: Precision) -> Run:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Inductor imports what torch itself calls deprecated
-        return Runner("inductor", precision, _logits(torch.compile(module, dynamic=True)))
+        run: Run = torch.compile(module, dynamic=True)
+    return run
 
 
-def _script(module: fx.GraphModule, precision: Precision, request_input: int | None) -> Runner:
-    def compiled(single_request: bool) -> Run:
-        own = plain(module)
-        if has_packed_linear():
-            pack_linears(own, bf16=precision == "bf16", single_request=single_request)
-        return _logits(script(own))
-
-    if request_input is None:
-        return Runner("script", precision, compiled(single_request=False))
-    return Runner("script", precision, compiled(single_request=False), compiled(single_request=True), request_input)
+def _script(module: fx.GraphModule, precision: Precision) -> Run:
+    if has_packed_linear():
+        module = _copy(module)
+        pack_linears(module, bf16=precision == "bf16")
+    return script(module)
 
 
-def _logits(run: Callable[..., Tensor | Sequence[Tensor]]) -> Run:
-    """A graph's single output, which an exported graph wraps in a tuple."""
+def _copy(module: fx.GraphModule) -> fx.GraphModule:
+    """A graph of its own over the same weights."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    return fx.GraphModule(module, graph, "Packed").eval()
 
-    def call(*inputs: Tensor) -> Tensor:
-        out = run(*inputs)
-        return out if isinstance(out, Tensor) else out[0]
 
-    return call
-
-
-BACKENDS: dict[str, Callable[[fx.GraphModule, Precision, int | None], Runner]] = {
-    "script": _script,
-    "inductor": _inductor,
-    "eager": _eager,
-}
+BACKENDS: dict[str, Callable[[fx.GraphModule, Precision], Run]] = {"script": _script, "inductor": _inductor, "eager": _eager}

@@ -1,8 +1,7 @@
 """Linear layers as oneDNN runs them: weights packed once, activation in the same pass, float32 or bfloat16.
 
-    linear -> relu                      one operator
-    linear(x) + expand(u) -> relu       one operator where there is one request: u is the bias
-    bfloat16                            weights and activations of hidden layers; sums in float32; the last layer in float32
+    linear -> relu     one operator; a bias may be computed, as the request half of a split layer is
+    bfloat16           weights and activations of hidden layers; sums in float32; the last layer in float32
 
 The graph's other operators run as they are. An operand in bfloat16 is rounded to 8 bits of mantissa, so that scores move by up to
 about 1e-3: what calls this holds the scores to a budget.
@@ -25,15 +24,12 @@ def has_packed_linear() -> bool:
     return hasattr(torch.ops.mkldnn, "_linear_pointwise") and bool(torch._C._has_mkldnn)
 
 
-def pack_linears(module: fx.GraphModule, *, bf16: bool, num_rows: int = 256, single_request: bool = False) -> int:
-    """Turn the graph's linear layers into packed ones, in place; returns how many.
-
-    num_rows: rows to pack for. single_request: whether `user_row` is all zeros, so that a request's row may be a bias.
-    """
+def pack_linears(module: fx.GraphModule, *, bf16: bool, num_rows: int = 256) -> int:
+    """Turn the graph's linear layers into packed ones, in place; returns how many. num_rows: rows to pack for."""
     packed = 0
     for node in list(module.graph.nodes):
         if node.op == "call_function" and node.target is aten.linear.default:
-            packed += _pack(module, node, bf16, num_rows, single_request)
+            packed += _pack(module, node, bf16, num_rows)
     if bf16:
         _drop_round_trips(module.graph)
     module.graph.eliminate_dead_code()
@@ -42,17 +38,12 @@ def pack_linears(module: fx.GraphModule, *, bf16: bool, num_rows: int = 256, sin
     return packed
 
 
-def _pack(module: fx.GraphModule, node: fx.Node, bf16: bool, num_rows: int, single_request: bool) -> bool:
+def _pack(module: fx.GraphModule, node: fx.Node, bf16: bool, num_rows: int) -> bool:
     weight = _constant(module, node.args[1])
     bias = node.args[2] if len(node.args) > 2 else None
     if weight is None or weight.shape[0] < SMALL or weight.dtype != torch.float32:
         return False
-    graph, last, added = module.graph, node, bias
-    if single_request and bias is None:
-        extra = _added_request(node)
-        if extra is not None:
-            last, added = extra
-    activation = "none"
+    graph, last, activation = module.graph, node, "none"
     users = list(last.users)
     if len(users) == 1 and users[0].target in ACTIVATIONS:
         last, activation = users[0], ACTIVATIONS[users[0].target]
@@ -60,7 +51,7 @@ def _pack(module: fx.GraphModule, node: fx.Node, bf16: bool, num_rows: int, sing
     name = f"packed_{sum(1 for n in graph.nodes if n.op == 'get_attr')}"
     module.register_buffer(name, torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype).contiguous(), num_rows))
     with graph.inserting_before(last):
-        packed, source, vector = graph.get_attr(name), node.args[0], added
+        packed, source, vector = graph.get_attr(name), node.args[0], bias
         if bf16:
             source = graph.call_function(aten.to.dtype, (source, dtype))
             vector = None if vector is None else graph.call_function(aten.to.dtype, (vector, dtype))
@@ -68,20 +59,6 @@ def _pack(module: fx.GraphModule, node: fx.Node, bf16: bool, num_rows: int, sing
         result = graph.call_function(aten.to.dtype, (made, torch.float32)) if bf16 else made
     last.replace_all_uses_with(result)
     return True
-
-
-def _added_request(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """(sum, row of the request) where a layer's only use is a sum with an expanded request row."""
-    users = list(node.users)
-    if len(users) != 1 or users[0].target is not aten.add.Tensor or users[0].kwargs:
-        return None
-    (other,) = [argument for argument in users[0].args if argument is not node] or [None]
-    if not isinstance(other, fx.Node) or other.target is not aten.index_select.default or other.args[1] != 0:
-        return None
-    graph, source = node.graph, other.args[0]
-    with graph.inserting_before(users[0]):
-        row = graph.call_function(aten.select.int, (source, 0, 0))
-    return users[0], row
 
 
 def _drop_round_trips(graph: fx.Graph) -> None:

@@ -70,6 +70,9 @@ def script(module: fx.GraphModule) -> ScriptRunner:
         elif node.op == "call_function":
             names[node] = f"{_plain(node.name)}_"
             lines.append(f"    {names[node]} = {_expression(node, names)}")
+        elif node.op == "call_method" and node.target == "size":
+            names[node] = f"{_plain(node.name)}_"
+            lines.append(f"    {names[node]} = {names[node.args[0]]}.size({_argument(node.args[1], names)})")
         elif node.op == "output":
             lines.append(f"    return {_argument(node.args[0], names)}")
         else:
