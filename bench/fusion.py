@@ -147,12 +147,13 @@ def scorer(collection: EmbeddingCollection, batch: Batch, run: backends.Runner) 
 
 
 def graph_input(name: str, value: Tensor, request_sequences: tuple[str, ...]) -> GraphInput:
+    """What the compiler is told of an input."""
     if name == "user_row":
         return GraphInput(name, "joint", ("B",), torch.int64)
     sequence = name.rpartition(".seq.")[2].removeprefix("mask.")
     if sequence in request_sequences:
         return GraphInput(name, "request", ("U", f"L_{sequence}", *value.shape[2:]), value.dtype)
-    side = "request" if name.endswith(".request") else "item"
+    side: Side = "request" if name.endswith(".request") else "item"
     return GraphInput(name, side, ("U" if side == "request" else "B", *value.shape[1:]), value.dtype)
 
 

@@ -18,6 +18,7 @@ from ninerank.fusion.kernels.jagged_attention import jagged_attention
 from ninerank.fusion.kernels.jagged_pairs import jagged_pairs
 from ninerank.fusion.kernels.launch import Tile
 from ninerank.fusion.kernels.quantized_rows import quantized_rows, row_bytes
+from ninerank.fusion.kernels.sigmoid_gate import sigmoid_gate
 
 DEVICE = torch.device(os.environ.get("NINERANK_TRITON_DEVICE", "cpu"))
 BLOCK = Tile.of(16, "cuda").rows
@@ -217,3 +218,13 @@ def test_jagged_operators(num_histories: int, dim: int) -> None:
     expected = run("torch", torch.device("cpu"), torch.float64)
     for one, other in zip(run("triton", DEVICE, torch.float32), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=5e-5)
+
+
+@pytest.mark.parametrize("dim", [1, 7, 16, 80])
+@pytest.mark.parametrize("bf16_out", [False, True])
+def test_sigmoid_gate(dim: int, bf16_out: bool) -> None:
+    x = torch.randn(37, dim)
+    vectors = [torch.randn(dim) for _ in range(4)]
+    found = sigmoid_gate(*_on_device(x, *vectors), bf16_out, kernel="triton")
+    expected = sigmoid_gate(x, *vectors, bf16_out, kernel="torch")
+    assert torch.allclose(found.cpu().float(), expected.float(), atol=1e-5, rtol=1e-2 if bf16_out else 1e-5)

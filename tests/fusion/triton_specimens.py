@@ -14,6 +14,7 @@ from ninerank.fusion.kernels.jagged_pairs.triton import key_grad_kernel, pair_ke
 from ninerank.fusion.kernels.launch import Tile
 from ninerank.fusion.kernels.quantized_rows import code_bytes, row_bytes
 from ninerank.fusion.kernels.quantized_rows.triton import quantized_kernel
+from ninerank.fusion.kernels.sigmoid_gate.triton import gate_kernel
 
 POINTER = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}
 TABLE_DIMS = [("fp32", 1), ("fp32", 16), ("fp16", 16), ("bf16", 64), ("fp32", 10), ("fp32", 512)]
@@ -38,9 +39,18 @@ def specimens(device_type: str) -> Iterator[Specimen]:
             yield from _updates(table, dim, shape, optimizer)
     for dim in (1, 10, 16, 64):
         yield from _jagged(dim, device_type)
+    for dim in (1, 16, 40, 80):
+        yield _gate(dim, device_type)
     for dim in (1, 15, 16, 64, 512):
         for bits in (8, 4):
             yield from _quantized(dim, bits, device_type)
+
+
+def _gate(dim: int, device_type: str) -> Specimen:
+    tile = Tile.of(dim, device_type)
+    vectors = dict.fromkeys(("shift", "scale", "base", "slope"), "*fp32")
+    arguments = {"x": "*bf16", **vectors, "out": "*fp32", "num_rows": "i32"}
+    return Specimen(f"sigmoid-gate-{dim}", gate_kernel, arguments, {"DIM": dim, "BLOCK": tile.rows, "COLUMNS": tile.columns})
 
 
 def _lookups(table: str, dim: int, shape: dict[str, int]) -> Iterator[Specimen]:

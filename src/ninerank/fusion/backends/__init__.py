@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from ninerank.errors import DeviceError, nearest
+from ninerank.fusion.backends.gates import fuse_gates
 from ninerank.fusion.backends.onednn import has_packed_linear, pack_linears
 from ninerank.fusion.backends.script import script
 from ninerank.fusion.capture import GraphInput, inputs_of
@@ -98,8 +99,9 @@ def _inductor(module: fx.GraphModule, precision: Precision) -> Run:
 
 
 def _script(module: fx.GraphModule, precision: Precision) -> Run:
+    module = _copy(module)
+    fuse_gates(module)
     if has_packed_linear():
-        module = _copy(module)
         pack_linears(module, bf16=precision == "bf16")
     return script(module)
 

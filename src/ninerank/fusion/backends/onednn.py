@@ -10,7 +10,10 @@ about 1e-3: what calls this holds the scores to a budget.
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
+
+from ninerank.fusion.backends.gates import absorb_conversions
+from ninerank.fusion.backends.weights import constant_of
 
 __all__ = ["has_packed_linear", "pack_linears"]
 
@@ -32,6 +35,8 @@ def pack_linears(module: fx.GraphModule, *, bf16: bool, num_rows: int = 256) -> 
             packed += _pack(module, node, bf16, num_rows)
     if bf16:
         _drop_round_trips(module.graph)
+        module.graph.eliminate_dead_code()
+        absorb_conversions(module.graph)
     module.graph.eliminate_dead_code()
     module.graph.lint()
     module.recompile()
@@ -39,7 +44,7 @@ def pack_linears(module: fx.GraphModule, *, bf16: bool, num_rows: int = 256) -> 
 
 
 def _pack(module: fx.GraphModule, node: fx.Node, bf16: bool, num_rows: int) -> bool:
-    weight = _constant(module, node.args[1])
+    weight = constant_of(module, node.args[1])
     bias = node.args[2] if len(node.args) > 2 else None
     if weight is None or weight.shape[0] < SMALL or weight.dtype != torch.float32:
         return False
@@ -68,12 +73,3 @@ def _drop_round_trips(graph: fx.Graph) -> None:
             source = node.args[0]
             if isinstance(source, fx.Node) and source.target is aten.to.dtype and source.args[1] is torch.float32:
                 node.replace_all_uses_with(source.args[0])
-
-
-def _constant(module: fx.GraphModule, argument: Any) -> Tensor | None:
-    if not isinstance(argument, fx.Node) or argument.op != "get_attr":
-        return None
-    value: Any = module
-    for part in str(argument.target).split("."):
-        value = getattr(value, part)
-    return value.detach() if isinstance(value, Tensor) else None

@@ -19,9 +19,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
 from ninerank.errors import DeviceError, nearest
 
-__all__ = ["AUTO", "Kernel", "available", "choose", "count_dispatches", "register"]
+__all__ = ["AUTO", "Kernel", "available", "choose", "count_dispatches", "is_plain", "register"]
 
 AUTO = "auto"
 
@@ -91,6 +95,20 @@ def choose(operator: str, device_type: str, name: str = AUTO) -> Callable[..., A
             for counter in _counters:
                 counter[operator, kernel.name] += 1
     return function
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether an operator on `tensor` may call its kernel at once, without torch's dispatcher: an ordinary tensor, nothing to record.
+
+    The dispatcher costs as much as a small lookup; a request has several.
+    """
+    return (
+        not torch.is_grad_enabled()
+        and type(tensor) in (Tensor, Parameter)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+    )
 
 
 @contextmanager

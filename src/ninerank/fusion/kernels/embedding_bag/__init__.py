@@ -54,7 +54,8 @@ def embedding_bag(
             [[0., 0.],
              [6., 7.]]])
     """
-    out: Tensor = _operator(weight_RD, rows_N, offsets, sample_weight_N, mean_F, num_features, feature_major, kernel)
+    run = _pool if registry.is_plain(weight_RD) else _operator
+    out: Tensor = run(weight_RD, rows_N, offsets, sample_weight_N, mean_F, num_features, feature_major, kernel)
     return out
 
 
@@ -88,8 +89,7 @@ def _shape(num_bags: int, num_features: int, dim: int, feature_major: bool) -> t
     return (num_features, num_bags, dim) if feature_major else (num_bags, num_features, dim)
 
 
-@torch.library.custom_op("ninerank::embedding_bag", mutates_args=())
-def _operator(
+def _pool(
     weight_RD: Tensor,
     rows_N: Tensor,
     offsets: Tensor | None,
@@ -103,6 +103,9 @@ def _operator(
     run = registry.choose("embedding_bag", weight_RD.device.type, kernel)
     out: Tensor = run(weight_RD, rows_N, offsets, sample_weight_N, mean_F, num_features, feature_major)
     return out
+
+
+_operator = torch.library.custom_op("ninerank::embedding_bag", _pool, mutates_args=())
 
 
 @_operator.register_fake

@@ -36,7 +36,8 @@ def embedding_sequence(
     tensor([[3., 0.],
             [1., 2.]])
     """
-    out: Tensor = _operator(weight_RD, rows_N, offsets, max_length, kernel)
+    run = _look_up if registry.is_plain(weight_RD) else _operator
+    out: Tensor = run(weight_RD, rows_N, offsets, max_length, kernel)
     return out
 
 
@@ -80,8 +81,7 @@ def check_lengths(offsets: Tensor, max_length: int) -> None:
         raise ValueError(f"a sequence has {int(offsets.diff().max())} ids, more than max_length {max_length}")
 
 
-@torch.library.custom_op("ninerank::embedding_sequence", mutates_args=())
-def _operator(weight_RD: Tensor, rows_N: Tensor, offsets: Tensor | None, max_length: int, kernel: str = registry.AUTO) -> Tensor:
+def _look_up(weight_RD: Tensor, rows_N: Tensor, offsets: Tensor | None, max_length: int, kernel: str = registry.AUTO) -> Tensor:
     if weight_RD.dim() != 2 or not weight_RD.is_contiguous():
         raise ValueError(
             f"the storage has shape {tuple(weight_RD.shape)}, strides {weight_RD.stride()}; a contiguous (rows, dim) is needed"
@@ -91,6 +91,9 @@ def _operator(weight_RD: Tensor, rows_N: Tensor, offsets: Tensor | None, max_len
     run = registry.choose("embedding_sequence", weight_RD.device.type, kernel)
     out: Tensor = run(weight_RD, rows_N, offsets, max_length)
     return out
+
+
+_operator = torch.library.custom_op("ninerank::embedding_sequence", _look_up, mutates_args=())
 
 
 @_operator.register_fake

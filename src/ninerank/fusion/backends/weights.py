@@ -1,0 +1,17 @@
+"""Weights of a graph by the node that reads them."""
+
+from typing import Any
+
+from torch import Tensor, fx
+
+__all__ = ["constant_of"]
+
+
+def constant_of(module: fx.GraphModule, argument: Any) -> Tensor | None:
+    """The tensor that a node reads from the module; None for anything else."""
+    if not isinstance(argument, fx.Node) or argument.op != "get_attr":
+        return None
+    value: Any = module
+    for part in str(argument.target).split("."):
+        value = getattr(value, part)
+    return value.detach() if isinstance(value, Tensor) else None
