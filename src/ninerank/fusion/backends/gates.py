@@ -8,16 +8,16 @@ Four passes over the tensor become one; where the value came from bfloat16 or go
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from ninerank.fusion.backends.weights import constant_of
-from ninerank.fusion.kernels.sigmoid_gate import sigmoid_gate
+from ninerank.fusion.kernels import sigmoid_gate
 
 __all__ = ["absorb_conversions", "fuse_gates"]
 
 aten = torch.ops.aten
-assert sigmoid_gate  # registers the operator
-GATE = torch.ops.ninerank.sigmoid_gate.default
+
+GATE = sigmoid_gate.OPERATOR
 
 
 def fuse_gates(module: fx.GraphModule) -> int:
@@ -39,7 +39,8 @@ def absorb_conversions(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target is not GATE:
             continue
-        source, *vectors = node.args[:5]
+        arguments: Any = node.args
+        source, *vectors = arguments[:5]
         if source.target is aten.to.dtype and source.args[1] is torch.float32 and len(source.users) == 1:
             source = source.args[0]
         users = list(node.users)
@@ -53,27 +54,28 @@ def absorb_conversions(graph: fx.Graph) -> None:
 def _match(module: fx.GraphModule, node: fx.Node) -> tuple[Any, ...] | None:
     if node.target is not aten.mul.Tensor or node.kwargs:
         return None
-    for x, outer in (node.args, node.args[::-1]):
+    factors: tuple[Any, ...] = node.args
+    for x, outer in (factors, factors[::-1]):
         parts = _affine(module, outer)
         if parts is None or len(outer.users) != 1:
             continue
         base, sigmoid, slope = parts
-        if sigmoid.target is not aten.sigmoid.default or len(sigmoid.users) != 1:
+        if not isinstance(sigmoid, fx.Node) or sigmoid.target is not aten.sigmoid.default or len(sigmoid.users) != 1:
             continue
-        inner = _affine(module, sigmoid.args[0])
-        if inner is not None and inner[1] is x and len(sigmoid.args[0].users) == 1:
+        argument: Any = sigmoid.args[0]
+        inner = _affine(module, argument)
+        if inner is not None and inner[1] is x and len(argument.users) == 1:
             return x, inner[0], inner[2], base, slope
     return None
 
 
-def _affine(module: fx.GraphModule, node: Any) -> tuple[fx.Node, Any, fx.Node] | None:
+def _affine(module: fx.GraphModule, node: Any) -> tuple[Any, Any, Any] | None:
     """(a, x, b) of a + x b, where a and b are weights with one number a column of x."""
     if not isinstance(node, fx.Node) or node.target is not aten.addcmul.default or node.kwargs or len(node.args) != 3:
         return None
-    a, x, b = node.args
-    weights: list[Tensor | None] = [constant_of(module, a), constant_of(module, b)]
-    if any(weight is None or weight.dim() != 1 or weight.dtype != torch.float32 for weight in weights):
+    arguments: Any = node.args
+    a, x, b = arguments
+    shift, scale = constant_of(module, a), constant_of(module, b)
+    if shift is None or scale is None or shift.dim() != 1 or shift.shape != scale.shape:
         return None
-    assert weights[0] is not None
-    assert weights[1] is not None
-    return (a, x, b) if weights[0].shape == weights[1].shape else None  # type: ignore[return-value]
+    return (a, x, b) if shift.dtype == scale.dtype == torch.float32 else None

@@ -107,7 +107,7 @@ def is_plain(tensor: Tensor) -> bool:
         and type(tensor) in (Tensor, Parameter)
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not torch._C._is_tracing()
     )
 
 

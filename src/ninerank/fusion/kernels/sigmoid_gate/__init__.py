@@ -75,6 +75,8 @@ def _fake(
     return torch.empty_like(x, dtype=dtype)
 
 
+OPERATOR = torch.ops.ninerank.sigmoid_gate.default  # what graphs call
+
 for _kernel in (
     registry.Kernel("sigmoid_gate", "numba", f"{__name__}.cpu", "run", ("cpu",), "numba"),
     registry.Kernel("sigmoid_gate", "triton", f"{__name__}.triton", "run", ("cuda", "npu"), "triton"),
