@@ -127,7 +127,7 @@ def test_serve_rank_and_end(
     shown = ninerank("rank", "--target", target, "--request", tmp_path / "r.json", "--top-k", "2")
     assert shown.code == 0, shown.err
     assert len(re.findall(r"0\.\d{6}", shown.out)) == 2
-    by_id = json.dumps({"user": asked["user"], "ids": [*asked["ids"], -1], "request_id": "by-id"})
+    by_id = json.dumps({"user": asked["user"], "ids": [*asked["ids"], -1], "request_id": "by-id", "model": "din", "version": "3"})
     plain = ninerank("rank", "--target", target, "--request", "-", "--json", stdin=by_id)
     assert plain.code == 0, plain.err
     answer = json.loads(plain.out)
@@ -138,6 +138,9 @@ def test_serve_rank_and_end(
     assert {one["id"] for one in ranked} == {*asked["ids"], -1}
     with urllib.request.urlopen(metrics, timeout=30) as page:
         assert 'ninerank_requests_total{status="OK"} 2.0' in page.read().decode()
+    other = ninerank("rank", "--target", target, "--request", "-", stdin=by_id.replace('"3"', '"4"'))
+    assert other.code == 1
+    assert "version '4' is not served here; served: 3" in other.err
     wrong = ninerank("rank", "--target", target, "--request", "-", stdin='{"user": {"user": 1}, "ids": [1]}')
     assert (wrong.code, wrong.out) == (1, "")
     assert wrong.err.startswith("error: unknown user feature 'user'; ")
@@ -160,6 +163,7 @@ def test_serve_rank_and_end(
         (["rank", "--target", "127.0.0.1:1", "--request", "-"], "{", "is not valid JSON"),
         (["rank", "--target", "127.0.0.1:1", "--request", "-"], '{"usr": {}}', "unknown key 'usr'; did you mean 'user'"),
         (["rank", "--target", "127.0.0.1:1", "--request", "-"], "[]", "error: -"),
+        (["rank", "--target", "127.0.0.1:1", "--request", "-"], '{"user": {}, "items": []}', "error: items is empty, and no ids are given"),
         (["rank", "--target", "127.0.0.1:1", "--request", "-"], '{"user": {}, "ids": [1]}', "no server answers at 127.0.0.1:1"),
         (["rank", "--example", "nowhere"], "", "nowhere: is no directory"),
         (["serve", "nowhere", "--port", "0"], "", "nowhere: is no directory"),

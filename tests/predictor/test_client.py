@@ -52,7 +52,6 @@ def test_ids_alone_are_enough() -> None:
     ("items", "options", "message"),
     [
         (None, {}, "neither ids nor items are given"),
-        ({}, {}, "neither ids nor items are given"),
         ({"a": [1, 2], "b": [1]}, {}, "candidates are ragged: a has 2, b has 1"),
         ({"a": [1, 2]}, {"ids": ["x"]}, "candidates are ragged: a has 2, ids has 1"),
         ({"a": [1, "x"]}, {}, "feature 'a': its values cannot be sent"),
@@ -80,3 +79,13 @@ def test_a_server_that_is_not_there_is_named() -> None:
 def test_defaults_are_true_where_there_are_any() -> None:
     assert not Defaults((), (), ())
     assert Defaults((), (), (3,))
+
+
+@pytest.mark.parametrize(
+    ("items", "said"),
+    [([], "^items is empty, and no ids are given"), ({}, "^items is empty"), ([{}, {}], "^the candidates of items have no features")],
+)
+def test_candidates_without_anything_are_refused(items: Any, said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        build_request({"age": 30}, items)
+    assert build_request({"age": 30}, items, ids=["a"]).num_candidates == 1

@@ -283,14 +283,27 @@ def test_wrong_requests_are_refused_and_the_server_goes_on(served: Served, what:
     served.still_serves()
 
 
-def test_messages_beyond_the_limit_are_refused(start: Callable[..., Served]) -> None:
+def test_messages_beyond_the_limit_are_refused_and_counted(start: Callable[..., Served]) -> None:
     own = start(max_message_bytes=20_000)
     with pytest.raises(grpc.RpcError) as refusal:
         own.call(b"x" * 30_000)
     assert refusal.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    with PredictorClient(own.target) as client, pytest.raises(OverloadError):
-        client.rank(USER, {"price": np.zeros(5_000)})
+    assert "the message has 30,000 bytes, 20,000 are allowed" in str(refusal.value.details())
+    with PredictorClient(own.target) as client:
+        # The server's own refusal, and that of gRPC, which the server never hears of.
+        for candidates in (3_000, 50_000):
+            with pytest.raises(
+                OverloadError, match=r"^the message has [\d,]+ bytes, [\d,]+ are allowed: .*`ninerank serve --max-message-mb`"
+            ):
+                client.rank(USER, {"price": np.zeros(candidates)})
+    said = r"bytes, 10,000 are allowed: .*PredictorClient\(max_message_bytes=\.\.\.\) raises what this client sends"
+    with PredictorClient(own.target, max_message_bytes=10_000) as client, pytest.raises(OverloadError, match=said):
+        client.rank(USER, {"price": np.zeros(3_000)})
     own.still_serves()
+    registry = own.server.telemetry.registry
+    assert registry.get_sample_value("ninerank_requests_total", {"status": "RESOURCE_EXHAUSTED"}) == 2
+    assert registry.get_sample_value("ninerank_requests_total", {"status": "OK"}) == 1
+    assert registry.get_sample_value("ninerank_calls_total") == 4
 
 
 class SlowEngine:

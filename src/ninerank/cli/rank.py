@@ -45,6 +45,8 @@ def run(
             top_k=asked.top_k if top_k is None else top_k,
             timeout_ms=timeout_ms or asked.timeout_ms,
             request_id=asked.request_id,
+            model_name=asked.model,
+            model_version=asked.version,
         )
     if as_json:
         print(json.dumps(_plain(result, asked), indent=1))
@@ -56,7 +58,7 @@ def _read(path: Path) -> "RequestFile":
     from ninerank.predictor.requestfile import RequestFile
 
     try:
-        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise RequestError(f"{path}: is not UTF-8 text ({error})") from None
     return RequestFile.from_text(text, str(path))

@@ -1,5 +1,6 @@
 """Client of a Ninerank server: plain Python values, lists or arrays in, scores and order out."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -20,6 +21,10 @@ __all__ = ["Defaults", "PredictorClient", "RankResult", "build_request"]
 
 DEFAULT_TIMEOUT_MS = 5_000
 MAX_MESSAGE_BYTES = 64 << 20
+# What gRPC says of a message beyond a limit: whose limit it is stands before, though not in every version.
+_TOO_LARGE = re.compile(
+    r"(?P<side>CLIENT: |SERVER: )?(?P<way>Sent|Received) message larger than max \((?P<size>\d+) vs\.? (?P<limit>\d+)\)"
+)
 _ERRORS: dict[grpc.StatusCode, type[NinerankError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: RequestError,
     grpc.StatusCode.NOT_FOUND: RequestError,
@@ -62,15 +67,17 @@ class RankResult:
 class PredictorClient:
     """A channel to one server, for any number of threads; close it, or use it as a context manager.
 
+    max_message_bytes: of a request and of an answer; the server has a limit of its own.
+
     with PredictorClient("localhost:50051") as client:
         result = client.rank(user={"user_id": "u7"}, items={"item_id": ["a", "b"], "price": [1.5, 2.0]})
         best = result.order[0]
     """
 
-    def __init__(self, target: str, *, timeout_ms: int = DEFAULT_TIMEOUT_MS) -> None:
+    def __init__(self, target: str, *, timeout_ms: int = DEFAULT_TIMEOUT_MS, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
         self.target = target
         self._timeout_ms = timeout_ms
-        limits = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.max_send_message_length", MAX_MESSAGE_BYTES)]
+        limits = [("grpc.max_receive_message_length", max_message_bytes), ("grpc.max_send_message_length", max_message_bytes)]
         self._channel = grpc.insecure_channel(target, options=limits)
         self._stub = PredictorStub(self._channel)  # type: ignore[no-untyped-call]
 
@@ -132,7 +139,10 @@ def build_request(
     if id_array is not None:
         lengths["ids"] = len(id_array)
     if not lengths:
-        raise RequestError("neither ids nor items are given, one of them is needed")
+        if items is None:
+            raise RequestError("neither ids nor items are given, one of them is needed")
+        what = "the candidates of items have no features" if len(items) else "items is empty"
+        raise RequestError(f"{what}, and no ids are given: at least one candidate is needed, with its features or its id")
     if len(set(lengths.values())) > 1:
         raise RequestError(f"candidates are ragged: {', '.join(f'{name} has {count}' for name, count in lengths.items())}")
     if top_k is not None and top_k < 0:
@@ -190,4 +200,16 @@ def _explain(error: grpc.RpcError, target: str, timeout_s: float) -> NinerankErr
         return DeadlineError(f"no answer from {target} within {timeout_s * 1000:g} ms ({details}); give a longer timeout_ms")
     if status is grpc.StatusCode.UNAVAILABLE:
         return NinerankError(f"no server answers at {target} ({details})")
+    found = _TOO_LARGE.search(details)
+    if found is not None:
+        return OverloadError(_too_large(found))
     return _ERRORS.get(status, NinerankError)(details or status.name)
+
+
+def _too_large(found: "re.Match[str]") -> str:
+    size, limit = int(found["size"]), int(found["limit"])
+    is_own = found["side"] == "CLIENT: " or (found["side"] is None and found["way"] == "Sent")
+    raise_it = "`ninerank serve --max-message-mb` raises what the server takes"
+    if is_own:
+        raise_it = f"PredictorClient(max_message_bytes=...) raises what this client {'sends' if found['way'] == 'Sent' else 'takes'}"
+    return f"the message has {size:,} bytes, {limit:,} are allowed: send fewer candidates or ids alone; {raise_it}"

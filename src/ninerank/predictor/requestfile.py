@@ -1,4 +1,4 @@
-"""A rank request as a file that a person writes: `ninerank rank --request r.json`.
+"""A rank request as a file that a person writes: `ninerank rank --request r.json`; `model` and `version` where others must not answer.
 
 {"user": {"user_id": "u7", "age": 31.0},
  "ids": ["a", "b"],
@@ -18,7 +18,10 @@ __all__ = ["RequestFile", "example_request"]
 
 
 class RequestFile(Config):
-    """user: feature -> value. items: feature -> values, or one mapping a candidate. ids: one a candidate. One of the two is needed."""
+    """user: feature -> value. items: feature -> values, or one mapping a candidate. ids: one a candidate. One of the two is needed.
+
+    model, version: those that must answer; a server of others refuses. Default: whatever is served.
+    """
 
     user: dict[str, Any]
     items: dict[str, list[Any]] | list[dict[str, Any]] | None = None
@@ -26,6 +29,8 @@ class RequestFile(Config):
     top_k: int | None = Field(default=None, ge=0)
     timeout_ms: int | None = Field(default=None, ge=1)
     request_id: str = ""
+    model: str = ""
+    version: str = ""
 
     @classmethod
     def from_text(cls, text: str, what: str) -> "RequestFile":

@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Predictor"].full_name
 REQUEST_ID_KEY = "ninerank-request-id"
+HEADROOM = 2
+MAX_GRPC_BYTES = (1 << 31) - 1
 MAX_MESSAGE_LENGTH = 1_000  # of an error: it travels in a header, and peers bound these
 # The first class that fits decides.
 _STATUS: tuple[tuple[type[NinerankError], grpc.StatusCode], ...] = (
@@ -58,7 +60,7 @@ class ServeConfig(Config):
     device: str = "auto"
     workers: int = Field(default=2, ge=1, le=256)
     max_pending: int = Field(default=256, ge=1)
-    max_message_bytes: int = Field(default=16 << 20, ge=1024, le=(1 << 31) - 1)
+    max_message_bytes: int = Field(default=16 << 20, ge=1024, le=MAX_GRPC_BYTES)
     max_candidates: int = Field(default=MAX_CANDIDATES, ge=1)
     items: Path | None = None
     item_key: str | None = None
@@ -102,8 +104,10 @@ class PredictorServer:
         self._server = grpc.server(
             self._pool,
             maximum_concurrent_rpcs=config.max_pending,
+            interceptors=[_Arrivals(self.telemetry)],
             options=[
-                ("grpc.max_receive_message_length", config.max_message_bytes),
+                # Up to here a request is refused by `_rank`, which counts it; gRPC refuses what is larger still before anybody hears of it.
+                ("grpc.max_receive_message_length", min(HEADROOM * config.max_message_bytes, MAX_GRPC_BYTES)),
                 ("grpc.max_send_message_length", config.max_message_bytes),
                 ("grpc.so_reuseport", 0),
             ],
@@ -153,6 +157,11 @@ class PredictorServer:
             self.telemetry.requests.labels(grpc.StatusCode.CANCELLED.name).inc()
             context.abort(grpc.StatusCode.CANCELLED, "the call was cancelled")
         try:
+            if len(data) > self.config.max_message_bytes:
+                size = f"the message has {len(data):,} bytes, {self.config.max_message_bytes:,} are allowed"
+                raise OverloadError(
+                    f"{size}: send fewer candidates or ids alone; `ninerank serve --max-message-mb` raises what the server takes"
+                )
             answer = self.service.rank(data, call)
         except Exception as error:  # noqa: BLE001 - whatever it is, the server goes on
             status, message = _refusal(error, call.request_id)
@@ -174,6 +183,18 @@ def _refusal(error: Exception, request_id: str) -> tuple[grpc.StatusCode, str]:
             return status, f"{shown} (request {request_id})"
     log.error("request %s failed", request_id, exc_info=error)
     return grpc.StatusCode.INTERNAL, f"internal error (request {request_id})"
+
+
+class _Arrivals(grpc.ServerInterceptor):  # type: ignore[type-arg]
+    """Counts rank calls as they arrive: those too that gRPC refuses itself, since too many wait or the message is far too large."""
+
+    def __init__(self, telemetry: Telemetry) -> None:
+        self._telemetry = telemetry
+
+    def intercept_service(self, continuation: Callable[[Any], Any], details: Any) -> Any:
+        if details.method == f"/{SERVICE}/Rank":
+            self._telemetry.calls.inc()
+        return continuation(details)
 
 
 class _TimedPool(ThreadPoolExecutor):

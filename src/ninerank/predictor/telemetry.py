@@ -29,6 +29,11 @@ class Telemetry:
     def __init__(self, manifest: Manifest, cache: FeatureCache | None = None, request_log: RequestLog | None = None) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter("ninerank_requests", "Requests answered, by gRPC status", ["status"], registry=self.registry)
+        self.calls = Counter(
+            "ninerank_calls",
+            "Rank calls that arrived; those that are in no ninerank_requests_total were refused by gRPC",
+            registry=self.registry,
+        )
         self._stage = Histogram(
             "ninerank_stage_seconds", "Time per stage of an answered request", ["stage"], buckets=STAGE_BUCKETS_S, registry=self.registry
         )
