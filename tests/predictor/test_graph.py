@@ -15,7 +15,7 @@ from ninerank.fusion.compile import compile_graph
 from ninerank.fusion.verify import draw_inputs
 from ninerank.predictor.graph import DenseGraph, build_graph, describe_graph, export_graph
 from ninerank.towers.config import parse_model
-from ninerank.towers.registry import build_model
+from ninerank.towers.registry import build_model, model_names
 from ninerank.towers.sides import SidedTower
 
 CPU = torch.device("cpu")
@@ -40,10 +40,11 @@ def inputs_for(dims: dict[str, int]) -> list[GraphInput]:
     return inputs
 
 
-@pytest.mark.parametrize("name", ["lr", "fm", "dnn", "deepfm", "dcnv2", "dlrm", "din"])
+@pytest.mark.parametrize("name", model_names())
 def test_every_model_is_exported_exactly(name: str, spec: FeatureSpec) -> None:
     mlp = {"hidden": [8, 4], "batch_norm": True, "dropout": 0.1}
-    shapes = {"lr": {}, "fm": {}, "dlrm": {"top": mlp}}.get(name, {"mlp": mlp})
+    experts = {"expert": mlp, "tower": mlp}
+    shapes = {"lr": {}, "fm": {}, "dlrm": {"top": mlp}, "mmoe": experts, "ple": experts}.get(name, {"mlp": mlp})
     config = parse_model({"name": name, **({} if name == "lr" else {"embedding_dim": 4}), **shapes})
     model = build_model(config, spec, EmbeddingConfig(), seed=1).eval()
     assert isinstance(model.embedding, EmbeddingCollection)

@@ -3,19 +3,21 @@
 import math
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ninerank.errors import SpecError
-from ninerank.towers.config import DINConfig, DLRMConfig, ModelConfig, parse_model
+from ninerank.towers.config import DINConfig, DLRMConfig, FiBiNETConfig, ModelConfig, parse_model
 from ninerank.towers.model import SequenceShape, TowerShape
 from ninerank.towers.registry import build_tower
 
 MakeInputs = Callable[..., dict[str, Tensor]]
 Params = dict[str, Tensor]
 Row = dict[str, Tensor]
+Settings = dict[str, Any]
 
 
 def tower_of(config: ModelConfig, shape: TowerShape) -> nn.Module:
@@ -108,11 +110,16 @@ def reference(config: ModelConfig, shape: TowerShape, params: Params, row: Row) 
                 mean_of(row, "deep", s.name) if settings["attention"] == "mean" else attend(settings, params, f"attention.{i}", row, s)
             )
         return mlp(params, "mlp", settings["mlp"], torch.cat(x))
+    if config.name in REFERENCES:
+        return REFERENCES[config.name](settings, shape, params, row)
     x0 = torch.cat([*stack(params, "", row, shape, "deep", numbers=False), row["dense"]])
     if config.name == "dnn":
         return mlp(params, "mlp", settings["mlp"], x0)
     x = x0
     for layer in range(settings["cross_layers"]):
+        if settings["experts"]:
+            x = cross_mixture(settings, params, f"cross.layers.{layer}", x0, x)
+            continue
         at = f"cross.layers.{layer}.weight"
         weight = params[f"{at}.weight"] if settings["low_rank"] is None else params[f"{at}.1.weight"] @ params[f"{at}.0.weight"]
         x = x0 * (weight @ x + params[f"{at}.bias" if settings["low_rank"] is None else f"{at}.1.bias"]) + x
@@ -137,6 +144,111 @@ def attend(settings: dict[str, object], params: Params, at: str, row: Row, seque
     for s, k in zip(scores, keys, strict=True):
         out = out + s * k
     return out
+
+
+def cross_mixture(settings: Settings, params: Params, at: str, x0: Tensor, x: Tensor) -> Tensor:
+    rank, out = settings["low_rank"], x
+    gate = dense_layer(params, f"{at}.gate", x).softmax(0)
+    for e in range(settings["experts"]):
+        own = slice(e * rank, (e + 1) * rank)
+        v = (params[f"{at}.down.weight"][own] @ x).tanh()
+        c = torch.stack([(v * column).sum() for column in params[f"{at}.core_ERR"][e].T]).tanh()
+        out = out + gate[e] * x0 * (params[f"{at}.up.weight"][:, own] @ c + params[f"{at}.up.bias"])
+    return out
+
+
+def xdeepfm(settings: Settings, shape: TowerShape, params: Params, row: Row) -> Tensor:
+    fields = stack(params, "fields", row, shape, "deep", numbers=True)
+    x, sums = fields, []
+    for k, width in enumerate(settings["cin"]):
+        weight = params[f"cin.weights.{k}"].view(width, len(x), len(fields))
+        x = [sum(w[i, j] * x[i] * fields[j] for i in range(len(x)) for j in range(len(fields))) for w in weight]
+        sums += [v.sum() for v in x]
+    crossed = dense_layer(params, "cin_out", torch.stack(sums))
+    return linear_term(params, row, shape) + crossed + mlp(params, "mlp", settings["mlp"], torch.cat(fields))
+
+
+def fibinet(settings: Settings, shape: TowerShape, params: Params, row: Row) -> Tensor:
+    fields = stack(params, "fields", row, shape, "deep", numbers=True)
+    z = torch.stack([v.mean() for v in fields])
+    gate = dense_layer(params, "gate.excite", dense_layer(params, "gate.squeeze", z).clamp(min=0)).clamp(min=0)
+    parts = []
+    for name, vectors in (("plain", fields), ("gated", [a * v for a, v in zip(gate, fields, strict=True)])):
+        places = [(f, g) for f in range(len(fields)) for g in range(f + 1, len(fields))]
+        for p, (f, g) in enumerate(places):
+            weight = params[f"{name}.weight"]
+            own = {"all": lambda w=weight: w, "each": lambda w=weight, f=f: w[f], "interaction": lambda w=weight, p=p: w[p]}
+            parts.append(own[settings["bilinear"]]().T @ vectors[f] * vectors[g])
+    return linear_term(params, row, shape) + mlp(params, "mlp", settings["mlp"], torch.cat(parts))
+
+
+def autoint(settings: Settings, shape: TowerShape, params: Params, row: Row) -> Tensor:
+    fields = stack(params, "fields", row, shape, "deep", numbers=True)
+    x, width = fields, settings["head_dim"]
+    for number in range(settings["layers"]):
+        q, k, v, residual = ([dense_layer(params, f"layers.{number}.{n}", f) for f in x] for n in ("query", "key", "value", "residual"))
+        out = []
+        for f in range(len(x)):
+            heads = []
+            for n in range(settings["heads"]):
+                own = slice(n * width, (n + 1) * width)
+                weight = torch.stack([q[f][own] @ other[own] for other in k]).softmax(0)
+                heads.append(sum(w * other[own] for w, other in zip(weight, v, strict=True)))
+            out.append((torch.cat(heads) + residual[f]).clamp(min=0))
+        x = out
+    logit = dense_layer(params, "out", torch.cat(x))
+    return logit + mlp(params, "mlp", settings["mlp"], torch.cat(fields)) if settings["mlp"] else logit
+
+
+def normalised(x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
+    return (x - x.mean()) / ((x - x.mean()).square().mean() + 1e-5).sqrt() * gain + bias
+
+
+def masknet(settings: Settings, shape: TowerShape, params: Params, row: Row) -> Tensor:
+    fields = stack(params, "fields", row, shape, "deep", numbers=True)
+    e = torch.cat(fields)
+    start = torch.cat([normalised(v, params["norm.gain_FD"][f], params["norm.bias_FD"][f]) for f, v in enumerate(fields)])
+    x, outs = start, []
+    for k in range(len(settings["blocks"])):
+        at, given = f"blocks.{k}", start if settings["structure"] == "parallel" else x
+        mask = dense_layer(params, f"{at}.mask.2", dense_layer(params, f"{at}.mask.0", e).clamp(min=0))
+        x = normalised(dense_layer(params, f"{at}.hidden", mask * given), params[f"{at}.norm.weight"], params[f"{at}.norm.bias"]).clamp(
+            min=0
+        )
+        outs.append(x)
+    return mlp(params, "mlp", settings["mlp"], torch.cat(outs) if settings["structure"] == "parallel" else x)
+
+
+def mixed(params: Params, at: str, x: Tensor, experts: list[Tensor]) -> Tensor:
+    gate = dense_layer(params, f"{at}.linear", x).softmax(0)
+    return sum((g * f for g, f in zip(gate, experts, strict=True)), torch.zeros(()).double())
+
+
+def expert_outputs(settings: Settings, params: Params, at: str, count: int, x: Tensor) -> list[Tensor]:
+    return [mlp(params, f"{at}.mlps.{e}", settings["expert"], x, has_out=False) for e in range(count)]
+
+
+def mmoe(settings: Settings, shape: TowerShape, params: Params, row: Row) -> Tensor:
+    x = torch.cat([*stack(params, "", row, shape, "deep", numbers=False), row["dense"]])
+    experts = expert_outputs(settings, params, "experts", settings["experts"], x)
+    tops = [mixed(params, f"gates.{t}", x, experts) for t in range(shape.num_tasks)]
+    return torch.cat([mlp(params, f"towers.{t}", settings["tower"], top) for t, top in enumerate(tops)])
+
+
+def ple(settings: Settings, shape: TowerShape, params: Params, row: Row) -> Tensor:
+    x = torch.cat([*stack(params, "", row, shape, "deep", numbers=False), row["dense"]])
+    of_task, of_shared = [x] * shape.num_tasks, x
+    for number in range(settings["levels"]):
+        at = f"levels.{number}"
+        shared = expert_outputs(settings, params, f"{at}.shared", settings["shared_experts"], of_shared)
+        own = [expert_outputs(settings, params, f"{at}.own.{t}", settings["task_experts"], given) for t, given in enumerate(of_task)]
+        of_task = [mixed(params, f"{at}.gates.{t}", given, own[t] + shared) for t, given in enumerate(of_task)]
+        if number + 1 < settings["levels"]:
+            of_shared = mixed(params, f"{at}.shared_gate", of_shared, [expert for of_one in own for expert in of_one] + shared)
+    return torch.cat([mlp(params, f"towers.{t}", settings["tower"], top) for t, top in enumerate(of_task)])
+
+
+REFERENCES = {"xdeepfm": xdeepfm, "fibinet": fibinet, "autoint": autoint, "masknet": masknet, "mmoe": mmoe, "ple": ple}
 
 
 def test_tower_equals_its_equation(config: ModelConfig, shape: TowerShape, make_inputs: MakeInputs) -> None:
@@ -234,11 +346,13 @@ def test_exports_with_a_dynamic_batch(config: ModelConfig, shape: TowerShape, ma
         torch.testing.assert_close(exported(example), tower(example), atol=1e-6, rtol=1e-6)
 
 
-def test_din_without_a_history_and_dlrm_without_a_pair_are_refused() -> None:
+def test_din_without_a_history_and_models_of_pairs_without_a_pair_are_refused() -> None:
     with pytest.raises(SpecError, match="no sequence feature"):
         build_tower(DINConfig(), TowerShape(3, 1, (), 1), seed=0)
     with pytest.raises(SpecError, match="nothing to interact"):
         build_tower(DLRMConfig(), TowerShape(1, 0, (), 1), seed=0)
+    with pytest.raises(SpecError, match="nothing to interact"):
+        build_tower(FiBiNETConfig(), TowerShape(1, 0, (), 1), seed=0)
 
 
 def test_din_and_its_ablation_share_all_start_values_but_the_attention() -> None:

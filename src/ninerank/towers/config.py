@@ -6,27 +6,37 @@ per id and task.
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
+from typing_extensions import Self
 
 from ninerank.config import Config
 from ninerank.errors import SpecError, nearest
 
 __all__ = [
     "Activation",
+    "AutoIntConfig",
+    "BilinearKind",
     "DCNv2Config",
     "DINConfig",
     "DLRMConfig",
     "DNNConfig",
     "DeepFMConfig",
     "FMConfig",
+    "FiBiNETConfig",
     "LRConfig",
     "MLPConfig",
+    "MMoEConfig",
+    "MaskNetConfig",
     "ModelConfig",
+    "PLEConfig",
+    "XDeepFMConfig",
     "parse_model",
 ]
 
 Activation = Literal["relu", "gelu", "prelu", "dice"]
+BilinearKind = Literal["all", "each", "interaction"]
 Widths = tuple[PositiveInt, ...]
+SomeWidths = Annotated[Widths, Field(min_length=1)]
 
 
 class MLPConfig(Config):
@@ -80,13 +90,23 @@ class DeepFMConfig(_WideDeepConfig):
 
 
 class DCNv2Config(_DeepConfig):
-    """Cross network and MLP, side by side (`parallel`) or one on the other (`stacked`); `low_rank` None means full rank."""
+    """Cross network and MLP, side by side (`parallel`) or one on the other (`stacked`).
+
+    `low_rank` None means full rank; with a rank, `experts` mixes so many cross layers of that rank in each.
+    """
 
     name: Literal["dcnv2"] = "dcnv2"
     structure: Literal["parallel", "stacked"] = "parallel"
     cross_layers: PositiveInt = 3
     low_rank: PositiveInt | None = None
+    experts: PositiveInt | None = None
     mlp: MLPConfig = MLPConfig()
+
+    @model_validator(mode="after")
+    def _experts_have_a_rank(self) -> Self:
+        if self.experts is not None and self.low_rank is None:
+            raise ValueError(f"experts: {self.experts} needs low_rank, the rank of each expert")
+        return self
 
 
 class DLRMConfig(_DeepConfig):
@@ -108,6 +128,63 @@ class DINConfig(_DeepConfig):
     mlp: MLPConfig = MLPConfig(hidden=(200, 80), activation="dice")
 
 
+class XDeepFMConfig(_WideDeepConfig):
+    """Linear term, compressed interaction network (`cin`: vectors of each layer) and MLP."""
+
+    name: Literal["xdeepfm"] = "xdeepfm"
+    cin: SomeWidths = (128, 128)
+    mlp: MLPConfig = MLPConfig()
+
+
+class FiBiNETConfig(_WideDeepConfig):
+    """Linear term, and MLP over the bilinear pairs of the fields and of the fields as a gate weighs them."""
+
+    name: Literal["fibinet"] = "fibinet"
+    bilinear: BilinearKind = "interaction"
+    reduction: PositiveInt = 3
+    mlp: MLPConfig = MLPConfig()
+
+
+class AutoIntConfig(_DeepConfig):
+    """Layers of self-attention over the fields; with `mlp`, an MLP over the fields beside them."""
+
+    name: Literal["autoint"] = "autoint"
+    layers: PositiveInt = 3
+    heads: PositiveInt = 2
+    head_dim: PositiveInt = 32
+    mlp: MLPConfig | None = None
+
+
+class MaskNetConfig(_DeepConfig):
+    """Mask blocks (`blocks`: their widths) in series or in parallel, and an MLP on them; `hidden: []` makes it one Linear."""
+
+    name: Literal["masknet"] = "masknet"
+    structure: Literal["serial", "parallel"] = "parallel"
+    blocks: SomeWidths = (128, 128, 128)
+    reduction_ratio: PositiveFloat = 2.0
+    mlp: MLPConfig = MLPConfig(hidden=(128,))
+
+
+class MMoEConfig(_DeepConfig):
+    """Experts that all tasks share, a gate and an MLP (`tower`) per task."""
+
+    name: Literal["mmoe"] = "mmoe"
+    experts: PositiveInt = 8
+    expert: MLPConfig = MLPConfig(hidden=(256, 128))
+    tower: MLPConfig = MLPConfig(hidden=(64,))
+
+
+class PLEConfig(_DeepConfig):
+    """Levels of experts, of each task its own and shared ones, with a gate per task and level, and an MLP (`tower`) per task."""
+
+    name: Literal["ple"] = "ple"
+    levels: PositiveInt = 2
+    task_experts: PositiveInt = 2
+    shared_experts: PositiveInt = 2
+    expert: MLPConfig = MLPConfig(hidden=(256, 128))
+    tower: MLPConfig = MLPConfig(hidden=(64,))
+
+
 _CONFIGS: dict[str, type[Config]] = {
     "lr": LRConfig,
     "fm": FMConfig,
@@ -116,6 +193,12 @@ _CONFIGS: dict[str, type[Config]] = {
     "dcnv2": DCNv2Config,
     "dlrm": DLRMConfig,
     "din": DINConfig,
+    "xdeepfm": XDeepFMConfig,
+    "fibinet": FiBiNETConfig,
+    "autoint": AutoIntConfig,
+    "masknet": MaskNetConfig,
+    "mmoe": MMoEConfig,
+    "ple": PLEConfig,
 }
 
 
@@ -131,7 +214,19 @@ def _is_known(name: object) -> bool:
 
 ModelConfig = Annotated[
     Annotated[
-        LRConfig | FMConfig | DNNConfig | DeepFMConfig | DCNv2Config | DLRMConfig | DINConfig,
+        LRConfig
+        | FMConfig
+        | DNNConfig
+        | DeepFMConfig
+        | DCNv2Config
+        | DLRMConfig
+        | DINConfig
+        | XDeepFMConfig
+        | FiBiNETConfig
+        | AutoIntConfig
+        | MaskNetConfig
+        | MMoEConfig
+        | PLEConfig,
         Field(discriminator="name"),
     ],
     BeforeValidator(_known_name),
@@ -143,10 +238,10 @@ def parse_model(data: object, what: str = "model") -> ModelConfig:
 
     >>> parse_model({"name": "fm", "embedding_dim": 4})
     FMConfig(embedding_dim=4, name='fm')
-    >>> parse_model({"name": "deepfn"})
+    >>> parse_model({"name": "deepfn"})  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
-    ninerank.errors.SpecError: model: unknown model 'deepfn'; did you mean 'deepfm'? valid: dcnv2, deepfm, din, dlrm, dnn, fm, lr
+    ninerank.errors.SpecError: model: unknown model 'deepfn'; did you mean 'deepfm'? valid: autoint, dcnv2, deepfm, din, ...
     """
     if not isinstance(data, dict) or "name" not in data:
         raise SpecError(f"{what}: a mapping with key 'name' is needed, got {data!r:.80}; {nearest('', _CONFIGS)}")

@@ -1,6 +1,7 @@
 """DCN V2: a cross network of explicit, bounded-degree crosses with an MLP beside it or on top of it.
 
     x_0 = [e_1, ..., e_F, x]          x_{l+1} = x_0 * (W_l x_l + b_l) + x_l,   W_l = U_l V_l^T with `low_rank`
+    with `experts`: x_{l+1} = sum_e g_e(x_l) E_e(x_l) + x_l, see `blocks.interaction.CrossMixture`
     parallel: logit = w^T [x_L, MLP(x_0)] + b          stacked: logit = w^T MLP(x_L) + b
 
 Wang et al., DCN V2: Improved Deep & Cross Network and Practical Lessons for Web-scale Learning to Rank Systems, WWW 2021.
@@ -27,7 +28,7 @@ class DCNv2(nn.Module):
         super().__init__()
         self.is_parallel = config.structure == "parallel"
         self.flat = FlatInput(shape, config.embedding_dim)
-        self.cross = CrossNet(self.flat.width, config.cross_layers, config.low_rank)
+        self.cross = CrossNet(self.flat.width, config.cross_layers, config.low_rank, config.experts)
         self.mlp = MLP(self.flat.width, config.mlp)
         self.out = linear(self.mlp.width + (self.flat.width if self.is_parallel else 0), shape.num_tasks)
 

@@ -20,6 +20,12 @@ _TOWERS = {
     "dcnv2": "dcnv2:DCNv2",
     "dlrm": "dlrm:DLRM",
     "din": "din:DIN",
+    "xdeepfm": "xdeepfm:XDeepFM",
+    "fibinet": "fibinet:FiBiNET",
+    "autoint": "autoint:AutoInt",
+    "masknet": "masknet:MaskNet",
+    "mmoe": "mmoe:MMoE",
+    "ple": "ple:PLE",
 }
 
 

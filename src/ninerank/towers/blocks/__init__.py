@@ -1,1 +1,1 @@
-"""Parts that models are built from: fields, mlp, interaction, attention."""
+"""Parts that models are built from: fields, mlp, interactions of fields, attention, masks, experts."""

@@ -1,6 +1,7 @@
 """Explicit feature interactions.
 
-Shape legend: B scored rows, F fields, D embedding dim, P field pairs F (F - 1) / 2, I width of a flat input, R rank.
+Shape legend: B scored rows, F fields, D embedding dim, P field pairs F (F - 1) / 2, I width of a flat input, R rank,
+E experts.
 """
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from ninerank.towers.blocks.mlp import linear
 
-__all__ = ["CrossLayer", "CrossNet", "DotInteraction", "FMInteraction"]
+__all__ = ["CrossLayer", "CrossMixture", "CrossNet", "DotInteraction", "FMInteraction"]
 
 
 class FMInteraction(nn.Module):
@@ -64,12 +65,43 @@ class CrossLayer(nn.Module):
         return out
 
 
-class CrossNet(nn.Module):
-    """A stack of cross layers: polynomials up to degree `num_layers` + 1 of the input."""
+class CrossMixture(nn.Module):
+    """x_{l+1} = sum_e g_e x_0 * (U_e tanh(C_e tanh(V_e^T x_l)) + b) + x_l with g = softmax(G x_l): a low-rank cross layer of E experts.
 
-    def __init__(self, width: int, num_layers: int, low_rank: int | None = None) -> None:
+    Wang et al., DCN V2, WWW 2021, equations 3 and 4. U_e and V_e are (I, R), C_e is (R, R). The gates sum to one, so they meet the
+    experts in their R numbers and one product with all U_e does the rest.
+    """
+
+    def __init__(self, width: int, low_rank: int, num_experts: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(CrossLayer(width, low_rank) for _ in range(num_layers))
+        self.expert_shape = (num_experts, low_rank)
+        self.gate = linear(width, num_experts, bias=False)
+        self.down = linear(width, num_experts * low_rank, bias=False)
+        self.core_ERR = nn.Parameter(torch.randn(num_experts, low_rank, low_rank) * low_rank**-0.5)
+        self.up = linear(num_experts * low_rank, width)
+
+    def forward(self, x0_BI: Tensor, x_BI: Tensor) -> Tensor:
+        inner_BER = torch.tanh(self.down(x_BI)).view(-1, *self.expert_shape)
+        inner_BER = torch.tanh(torch.bmm(inner_BER.transpose(0, 1), self.core_ERR).transpose(0, 1))
+        gate_BE = torch.softmax(self.gate(x_BI), dim=1)
+        out: Tensor = x0_BI * self.up((inner_BER * gate_BE.unsqueeze(2)).flatten(1)) + x_BI
+        return out
+
+
+class CrossNet(nn.Module):
+    """A stack of cross layers: polynomials up to degree `num_layers` + 1 of the input (but for the tanh of `num_experts`).
+
+    low_rank: rank of each layer's matrices, None for full ones; num_experts: with a rank, experts per layer.
+    """
+
+    def __init__(self, width: int, num_layers: int, low_rank: int | None = None, num_experts: int | None = None) -> None:
+        super().__init__()
+        assert num_experts is None or low_rank is not None, "experts are of low rank"
+
+        def layer() -> nn.Module:
+            return CrossLayer(width, low_rank) if num_experts is None or low_rank is None else CrossMixture(width, low_rank, num_experts)
+
+        self.layers = nn.ModuleList(layer() for _ in range(num_layers))
 
     def forward(self, x0_BI: Tensor) -> Tensor:
         x_BI = x0_BI
