@@ -14,6 +14,7 @@ from ninerank.fusion.compile import SINGLE, PassError, PassRecord, compile_graph
 from ninerank.fusion.cost import measure
 from ninerank.fusion.editor import Editor, named_sizes
 from ninerank.fusion.passes import PASSES, Pass
+from ninerank.fusion.precompute import precompute_items
 from ninerank.fusion.single import single_request
 from ninerank.fusion.verify import draw_inputs
 from ninerank.towers.config import parse_model
@@ -124,6 +125,28 @@ def alone(graph: fx.GraphModule, own: Pass) -> tuple[fx.GraphModule, int]:
     return editor.done(), total
 
 
+def check_precomputed(drawn: Drawn, module: fx.GraphModule, seed: int) -> bool:
+    """Values kept by item, taken in another order and number than they were made in, give the model's scores."""
+    cut = precompute_items(module)
+    if cut is None:
+        return False
+    assert all(given.role in ("item", "constant") for given in inputs_of(cut.items))
+    made = drawn.batch(1, 12, 4, seed)
+    with torch.inference_mode():
+        kept = cut.items(*[made[given.name] for given in inputs_of(cut.items)])
+    assert [value.shape[1:] for value in kept] == [value.dims[1:] for value in cut.values]
+    for requests, places in ((1, torch.tensor([3, 3, 0, 11, 7])), (3, torch.tensor([5]))):
+        batch = drawn.batch(requests, len(places), 4, seed + 1)
+        batch |= {given.name: made[given.name][places] for given in drawn.inputs if given.role == "item"}
+        values = {value.name: tensor[places] for value, tensor in zip(cut.values, kept, strict=True)}
+        with torch.inference_mode():
+            wanted = torch.sigmoid(drawn.module(batch))
+        assert (scores(cut.rest, batch | values) - wanted).abs().max() <= 1e-6
+        if requests == 1:
+            assert (scores(single_request(cut.rest), batch | values) - wanted).abs().max() <= 1e-6
+    return True
+
+
 def check_models(seeds: range) -> tuple[Counter[str], Counter[str]]:
     """Check models; returns on how many each pass fired, and on how many it did not pay."""
     fired, priced = Counter[str](), Counter[str]()
@@ -131,6 +154,7 @@ def check_models(seeds: range) -> tuple[Counter[str], Counter[str]]:
         drawn = Drawn(seed)
         compiled = compile_graph(drawn.graph, raise_wrong=True)
         check(drawn, compiled.module, seed)
+        fired["(precomputed)"] += check_precomputed(drawn, compiled.module, seed)
         assert compiled.after.modelled_us <= compiled.before.modelled_us
         fired.update(compiled.fired.keys())
         priced.update({record.name for record in compiled.records if record.withdrawn})
@@ -145,6 +169,7 @@ def check_models(seeds: range) -> tuple[Counter[str], Counter[str]]:
 def test_random_models_keep_their_scores() -> None:
     fired, _ = check_models(range(21))
     assert all(fired[own.name] >= 1 for own in PASSES), fired
+    assert fired["(precomputed)"] >= 10
 
 
 FIRED = Counter[str]()
@@ -265,6 +290,43 @@ def test_a_graph_for_one_request_that_is_wrong_is_not_used(monkeypatch: pytest.M
     (record,) = (r for r in compiled.records if r.name == SINGLE)
     assert "scores differ by" in record.why
     assert graph_for_one(compiled.module, compiled.records) is compiled.module
+
+
+def test_the_item_half_of_a_first_layer_is_kept_by_item() -> None:
+    inputs = [
+        GraphInput("a.request", "request", ("U", 3, 16)),
+        GraphInput("b.item", "item", ("B", 3, 16)),
+        GraphInput("user_row", "joint", ("B",), torch.int64),
+    ]
+    compiled = compile_graph(capture(Split(), inputs), raise_wrong=True)
+    cut = precompute_items(compiled.module)
+    assert cut is not None
+    assert [value.dims for value in cut.values] == [("B", 32)]
+    assert cut.numbers_per_item == 32
+    assert [given.name for given in inputs_of(cut.items)] == ["b.item"]
+    assert [given.name for given in inputs_of(cut.rest)][:2] == ["a.request", "user_row"]
+    assert measure(cut.rest).flops < measure(compiled.module).flops / 5
+    joint = capture(Joint(), inputs)
+    assert precompute_items(joint) is None
+
+
+class Split(nn.Module):
+    """One hidden layer over both sides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6 * 16, 32)
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        both = torch.cat([inputs["a.request"].index_select(0, inputs["user_row"]), inputs["b.item"]], dim=1)
+        return torch.relu(self.linear(both.flatten(1))).sum(1, keepdim=True) * 0.1
+
+
+class Joint(nn.Module):
+    """Nothing of the item side but its inputs."""
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        return (inputs["a.request"].index_select(0, inputs["user_row"]) * inputs["b.item"]).sum(2).sum(1, keepdim=True)
 
 
 class Sized(nn.Module):
