@@ -34,7 +34,7 @@ from ninerank.features.batch import Batch, Block, KeyedJagged
 from ninerank.features.spec import FeatureSpec, Hashed, IdFeature, SequenceFeature, Side
 from ninerank.fusion import backends
 from ninerank.fusion.capture import GraphInput, capture
-from ninerank.fusion.compile import compile_graph
+from ninerank.fusion.compile import compile_graph, graph_for_one
 from ninerank.towers.config import parse_model
 from ninerank.towers.model import RankingModel
 from ninerank.towers.registry import build_model
@@ -112,6 +112,7 @@ class Workload:
         tower = SidedTower(self.model.tower, list(collection.dims), request_sequences).eval()
         graph = capture(tower, [graph_input(name, value, request_sequences) for name, value in sides.items()])
         compiled = compile_graph(graph, [sides])
+        one = graph_for_one(compiled.module, compiled.records)
         result.figure(f"{self.name}_flops_before_m", compiled.before.flops / 1e6)
         result.figure(f"{self.name}_flops_after_m", compiled.after.flops / 1e6)
         result.figure(f"{self.name}_launches_before", compiled.before.launches)
@@ -119,10 +120,10 @@ class Workload:
         players: dict[str, Call] = {
             "eager": lambda: torch.sigmoid(self.model(self.replicated)),
             "unfused": scorer(collection, self.replicated, backends.lower(graph, CPU)),
-            "fused": scorer(collection, self.request, backends.lower(compiled.module, CPU)),
+            "fused": scorer(collection, self.request, backends.lower(compiled.module, CPU, one=one)),
         }
         try:
-            players["fused_bf16"] = scorer(collection, self.request, backends.lower(compiled.module, CPU, precision="bf16"))
+            players["fused_bf16"] = scorer(collection, self.request, backends.lower(compiled.module, CPU, one=one, precision="bf16"))
         except DeviceError as error:
             print(f"bfloat16 is left out: {error}")
         want = players["eager"]()

@@ -66,7 +66,7 @@ SHAPES = [(1, 1, 1), (1, 7, 3), (3, 7, 2), (5, 300, 9)]
 @pytest.mark.parametrize("name", ["script", "eager", pytest.param("inductor", marks=pytest.mark.slow)])  # compiles C++
 def test_backends_give_the_modules_scores(exported: tuple[nn.Module, fx.GraphModule], name: str) -> None:
     module, graph = exported
-    run = backends.lower(graph, CPU, backend=name)
+    run = backends.lower(graph, CPU, one=single_request(graph), backend=name)
     for shape in SHAPES:
         with torch.inference_mode():
             torch.testing.assert_close(run(*inputs(*shape)), scores(module, inputs(*shape)), rtol=1e-5, atol=1e-6)
@@ -78,7 +78,7 @@ needs_bf16 = pytest.mark.skipif(not backends._multiplies_bf16(), reason="this CP
 @needs_bf16
 def test_bf16_stays_within_its_rounding_and_packs_what_is_worth_it(exported: tuple[nn.Module, fx.GraphModule]) -> None:
     module, graph = exported
-    run = backends.lower(graph, CPU, backend="script", precision="bf16")
+    run = backends.lower(graph, CPU, one=single_request(graph), backend="script", precision="bf16")
     for shape in SHAPES:
         with torch.inference_mode():
             got, want = run(*inputs(*shape)), scores(module, inputs(*shape))
@@ -103,7 +103,7 @@ def test_one_request_is_a_bias_in_the_same_operator(exported: tuple[nn.Module, f
 
 def test_scripts_run_in_several_threads_at_once(exported: tuple[nn.Module, fx.GraphModule]) -> None:
     module, graph = exported
-    run = backends.lower(graph, CPU, backend="script")
+    run = backends.lower(graph, CPU, one=single_request(graph), backend="script")
     wrong: list[float] = []
 
     def work(shape: Sequence[int]) -> None:
@@ -145,3 +145,17 @@ def test_scripts_hold_operators_alone() -> None:
             script(graph_with(target, *arguments))
     with pytest.raises(BundleError, match="cannot compile"):
         script(graph_with(torch.ops.aten.relu.default, 3, 4))
+
+
+def test_a_graph_that_the_automatic_choice_cannot_take_runs_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["input"] = GraphInput("x", "item", (ROWS, 2))
+    graph.output(graph.call_function(torch.ops.aten.einsum.default, ("bd,bd->b", [x, x])))
+    module = fx.GraphModule(nn.Module(), graph)
+    run = backends.lower(module, CPU)
+    assert run.backend == "eager"
+    assert "it runs operator by operator" in caplog.text
+    assert run(torch.ones(3, 2)).tolist() == [2.0, 2.0, 2.0]
+    with pytest.raises(BundleError, match="holds a string"):
+        backends.lower(module, CPU, backend="script")

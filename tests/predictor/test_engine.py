@@ -12,9 +12,10 @@ import torch
 
 from ninerank.device import Device
 from ninerank.embedding.collection import EmbeddingConfig
-from ninerank.errors import BundleError, DataError, RequestError
+from ninerank.errors import BundleError, DataError, DeviceError, RequestError
 from ninerank.features.spec import FeatureSpec
 from ninerank.features.transform import Transform
+from ninerank.fusion.backends import _multiplies_bf16
 from ninerank.predictor.bundle import Bundle, Golden, export_bundle
 from ninerank.predictor.engine import Engine
 from ninerank.predictor.request import RankInput, record_batch
@@ -158,3 +159,25 @@ def test_a_spec_with_one_side_alone_is_served_and_logged(role: str, tmp_path: Pa
         log.write(LoggedRequest("r", 1, "lr", "1", spec.digest, None, request, scores_NT))
     (logged,) = read_log(tmp_path / "log")
     assert np.array_equal(engine.rank(logged.input).scores_NT, scores_NT)
+
+
+@pytest.mark.parametrize("backend", ["script", "eager"])
+def test_backends_give_the_same_scores(engine: Engine, bundle_dir: Path, backend: str) -> None:
+    rows = Bundle.load(bundle_dir).golden.rows
+    other = Engine.load(bundle_dir, "cpu", backend=backend)
+    np.testing.assert_allclose(other.score(rows), engine.score(rows), atol=1e-6)
+
+
+@pytest.mark.skipif(not _multiplies_bf16(), reason="this CPU has neither AMX nor AVX512-bf16")
+def test_bf16_is_held_to_its_budget(engine: Engine, bundle_dir: Path) -> None:
+    bundle = Bundle.load(bundle_dir)
+    rounded = Engine.load(bundle_dir, "cpu", precision="bf16")
+    difference = np.abs(rounded.score(bundle.golden.rows) - engine.score(bundle.golden.rows)).max()
+    assert 0 < difference < 2e-3
+    with pytest.raises(BundleError, match="is not served"):
+        rounded.check_golden(bundle, tolerance=-2e-3)
+
+
+def test_what_cannot_run_here_is_refused(bundle_dir: Path) -> None:
+    with pytest.raises(DeviceError, match="unknown backend 'tensorrt'"):
+        Engine.load(bundle_dir, "cpu", backend="tensorrt")

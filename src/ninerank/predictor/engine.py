@@ -23,7 +23,7 @@ from ninerank.embedding.quantize import QuantizedTable, check_dtype
 from ninerank.errors import BundleError, DataError, RequestError, SpecError
 from ninerank.features.batch import Batch
 from ninerank.features.transform import Transform
-from ninerank.fusion.capture import inputs_of
+from ninerank.fusion.backends import AUTO, Precision, lower
 from ninerank.fusion.compile import graph_for_one
 from ninerank.predictor.bundle import ROUNDING_TOLERANCE, Bundle
 from ninerank.predictor.graph import build_graph
@@ -34,6 +34,8 @@ __all__ = ["Engine"]
 
 log = logging.getLogger(__name__)
 
+BF16_TOLERANCE = 2e-3
+
 
 class Engine:
     """Scores requests with one bundle on one device; every method may be called from any number of threads at once.
@@ -41,7 +43,7 @@ class Engine:
     A score does not depend on the other candidates of the request beyond rounding (float32: below 1e-6).
     """
 
-    def __init__(self, bundle: Bundle, device: Device) -> None:
+    def __init__(self, bundle: Bundle, device: Device, *, backend: str = AUTO, precision: Precision = "fp32") -> None:
         self.manifest = bundle.manifest
         self.spec = bundle.spec
         self.schema = RequestSchema.of(bundle.spec)
@@ -49,19 +51,22 @@ class Engine:
         self._transform = Transform(bundle.spec)
         self._raw_ids = _raw_ids(bundle)
         self._embedding = _collection(bundle, device)
-        self._graph = build_graph(bundle.graph, device.torch_device)
-        self._graph_of_one = graph_for_one(self._graph, bundle.manifest.passes)
-        self._inputs = tuple(given.name for given in inputs_of(self._graph))
+        graph = build_graph(bundle.graph, device.torch_device)
+        one = graph_for_one(graph, bundle.manifest.passes)
+        self._graph = lower(graph, device.torch_device, one=one, backend=backend, precision=precision)
+        self._inputs = tuple(given.name for given in self._graph.inputs)
 
     @classmethod
-    def load(cls, bundle_dir: str | Path, device: str = "auto") -> "Engine":
+    def load(cls, bundle_dir: str | Path, device: str = "auto", *, backend: str = AUTO, precision: Precision = "fp32") -> "Engine":
         """Engine for the bundle in `bundle_dir` on `device` (`auto`, `cpu`, `cuda[:i]`, `npu[:i]`), warm and checked.
+
+        backend, precision: as `fusion.backends.lower` takes them; bf16 must keep the golden scores within 2e-3 of what fp32 must.
 
         Raises BundleError for a bundle that does not verify or does not give its golden scores here, DeviceError for a device
         that cannot run.
         """
         bundle = Bundle.load(bundle_dir)
-        engine = cls(bundle, Device.resolve(device))
+        engine = cls(bundle, Device.resolve(device), backend=backend, precision=precision)
         engine.check_golden(bundle)
         return engine
 
@@ -88,12 +93,13 @@ class Engine:
         """
         golden = bundle.golden
         try:
-            allowed = self.manifest.golden_tolerance if tolerance is None else tolerance
+            rounding = BF16_TOLERANCE if self._graph.precision == "bf16" else 0.0
+            allowed = (self.manifest.golden_tolerance if tolerance is None else tolerance) + rounding
             difference = self._compare(self.score(golden.rows), golden.scores_BT, allowed, "golden scores")
             # The first user with every candidate, against the same as joined rows: the way of a rank call.
             request = RankInput(golden.rows.select(self.schema.request.names).slice(0, 1), golden.rows.select(self.schema.item.names))
             again_NT = self.score(self.schema.joined(request))
-            self._compare(self.rank(request).scores_NT, again_NT, ROUNDING_TOLERANCE, "scores of a request and of the same rows")
+            self._compare(self.rank(request).scores_NT, again_NT, ROUNDING_TOLERANCE + rounding, "scores of a request and of the same rows")
         except BundleError:
             raise
         except Exception as error:  # a graph that is wrong may fail in any way
@@ -117,8 +123,7 @@ class Engine:
         with torch.inference_mode():
             inputs = self._embedding.sides(self._raw_ids.rows(batch).to(self.device.torch_device), check=False)
             looked_up = time.perf_counter_ns()
-            graph = self._graph_of_one if batch.request.num_rows == 1 else self._graph
-            logits_BT = graph(*[inputs[key] for key in self._inputs])
+            logits_BT = self._graph(*[inputs[key] for key in self._inputs])
             scores_BT = torch.sigmoid(logits_BT.to(torch.float32)).cpu().numpy()
         done = time.perf_counter_ns()
         times = StageTimes((transformed - start_ns) // 1000, (looked_up - transformed) // 1000, (done - looked_up) // 1000)

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 import torch
@@ -58,6 +58,8 @@ class ServeConfig(Config):
     port: int = Field(default=50051, ge=0, le=65535)
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
     device: str = "auto"
+    backend: str = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
     workers: int = Field(default=2, ge=1, le=256)
     max_pending: int = Field(default=256, ge=1)
     max_message_bytes: int = Field(default=16 << 20, ge=1024, le=MAX_GRPC_BYTES)
@@ -85,7 +87,7 @@ class PredictorServer:
         # One thread an operator, however many workers: more of them trample each other's caches and wait for each other.
         torch.set_num_threads(1)
         self.config = config
-        self.engine = Engine.load(bundle_dir, config.device)
+        self.engine = Engine.load(bundle_dir, config.device, backend=config.backend, precision=config.precision)
         self.cache = _items(self.engine, config)
         self.log = None
         if config.log_dir is not None:

@@ -16,12 +16,11 @@ from typing import Literal
 import torch
 from torch import Tensor, fx
 
-from ninerank.errors import DeviceError, nearest
+from ninerank.errors import BundleError, DeviceError, nearest
 from ninerank.fusion.backends.gates import fuse_gates
 from ninerank.fusion.backends.onednn import has_packed_linear, pack_linears
 from ninerank.fusion.backends.script import script
 from ninerank.fusion.capture import GraphInput, inputs_of
-from ninerank.fusion.single import single_request
 
 __all__ = ["AUTO", "BACKENDS", "Precision", "Runner", "lower"]
 
@@ -44,28 +43,29 @@ class Runner:
         precision: Precision,
         inputs: Sequence[GraphInput],
         run: Run,
-        run_single: Run | None = None,
-        request_input: int = 0,
+        run_one: Run,
+        request_input: int,
     ) -> None:
         self.backend, self.precision, self.inputs = backend, precision, tuple(inputs)
-        self._run, self._run_single, self._request_input = run, run_single, request_input
+        self._run, self._run_one, self._request_input = run, run_one, request_input
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        if self._run_single is not None and inputs[self._request_input].shape[0] == 1:
-            return self._run_single(*inputs)
-        return self._run(*inputs)
+        return (self._run_one if inputs[self._request_input].shape[0] == 1 else self._run)(*inputs)
 
 
 def lower(
     module: fx.GraphModule,
     device: torch.device,
     *,
+    one: fx.GraphModule | None = None,
     backend: str = AUTO,
     precision: Precision = "fp32",
 ) -> Runner:
     """Bind a captured graph whose weights lie on `device`; the module itself stays as it is.
 
-    Raises DeviceError for a backend that is unknown or does not run here, and for bf16 where the device does not multiply it.
+    one: the graph for a single request (`fusion.compile.graph_for_one`). A graph that the automatic choice cannot take is run by the
+    last resort, which the log says. Raises DeviceError for a backend that is unknown or does not run here, and for bf16 where the
+    device does not multiply it; BundleError for a graph that a backend asked for by name cannot take.
     """
     if backend != AUTO and backend not in BACKENDS:
         raise DeviceError(f"unknown backend {backend!r}; {nearest(backend, [AUTO, *BACKENDS])}")
@@ -76,11 +76,17 @@ def lower(
         raise DeviceError(f"precision 'bf16' needs backend 'script' on a CPU with AMX or AVX512-bf16; here it is {name!r} on {device.type}")
     if backend == AUTO:
         log.info("graph runs by %s, precision %s", name, precision)
-    bind, inputs = BACKENDS[name], inputs_of(module)
+    inputs = inputs_of(module)
     place = next((place for place, given in enumerate(inputs) if given.role == "request"), None)
-    if place is None:
-        return Runner(name, precision, inputs, bind(module, precision))
-    return Runner(name, precision, inputs, bind(module, precision), bind(single_request(module), precision), place)
+    try:
+        run = BACKENDS[name](module, precision)
+        run_one = run if one is None or one is module or place is None else BACKENDS[name](one, precision)
+    except BundleError as error:
+        if backend != AUTO or precision != "fp32":
+            raise
+        log.warning("backend %s cannot take this graph (%s): it runs operator by operator, which is slower", name, error)
+        return lower(module, device, one=one, backend="eager")
+    return Runner(name, precision, inputs, run, run_one, place or 0)
 
 
 def _multiplies_bf16() -> bool:
