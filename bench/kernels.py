@@ -3,8 +3,9 @@
 A step is lookup, tower, loss, backward and both updates, on one thread. Both sides have the same model, start from the same values
 and get the same batches; loss, logits and gradients are compared before anything is timed, and the steps are timed in turns.
 
-    din_train_vs_padded     DIN over histories of Zipf lengths (mean 20, at most 100): padded plain torch / jagged
-    dcnv2_train_vs_plain    DCN V2 with low-rank crosses: plain torch / fused
+    din_train_vs_padded        DIN over histories of Zipf lengths (mean 20, at most 100): padded plain torch / jagged
+    din_relu_train_vs_padded   the same with the cheap activation instead of Dice
+    dcnv2_train_vs_plain       DCN V2 with low-rank crosses: plain torch / fused
 
     python bench/kernels.py
 """
@@ -13,6 +14,7 @@ import argparse
 from contextlib import AbstractContextManager, nullcontext
 from itertools import cycle
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -25,12 +27,14 @@ from ninerank.embedding.optimizer import SparseOptimizerConfig, sparse_optimizer
 from ninerank.features.batch import Batch
 from ninerank.features.spec import FeatureSpec
 from ninerank.features.transform import Transform
+from ninerank.towers.blocks import fused
 from ninerank.towers.config import parse_model
 from ninerank.towers.registry import build_model
 
 BATCH_SIZE, NUM_BATCHES, DIM = 2048, 4, 16
 NUM_ITEMS, NUM_FIELDS, FIELD_IDS = 100_000, 10, 10_000
 MEAN_LENGTH, MAX_LENGTH = 20, 100
+CROSS_FIELDS, RANK = 26, 64
 TOLERANCE = 2e-4
 
 
@@ -40,10 +44,21 @@ def main() -> None:
     parser.add_argument("--only", choices=("din", "dcnv2"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    shapes = {"batch": BATCH_SIZE, "dim": DIM, "fields": NUM_FIELDS + 1, "history_mean": MEAN_LENGTH, "history_max": MAX_LENGTH}
+    shapes = {
+        "batch": BATCH_SIZE,
+        "dim": DIM,
+        "fields": NUM_FIELDS + 1,
+        "history_mean": MEAN_LENGTH,
+        "history_max": MAX_LENGTH,
+        "cross_fields": CROSS_FIELDS,
+        "rank": RANK,
+    }
     with Result("kernels", shapes) as result:
         if options.only != "dcnv2":
-            _compare(result, "din_train_vs_padded", _din(), options.rounds)
+            _compare(result, "din_train_vs_padded", _din("dice"), options.rounds)
+            _compare(result, "din_relu_train_vs_padded", _din("relu"), options.rounds)
+        if options.only != "din":
+            _compare(result, "dcnv2_train_vs_plain", _dcnv2(), options.rounds)
 
 
 class Step:
@@ -88,26 +103,34 @@ def _compare(result: Result, ratio: str, sides: dict[str, Step], rounds: int) ->
     result.ratio(ratio, times[theirs].p50_ms / times[ours].p50_ms)
 
 
-def _din() -> dict[str, Step]:
-    spec, batches = _data(with_history=True)
-    model = {"name": "din", "embedding_dim": DIM}
+def _din(activation: str) -> dict[str, Step]:
+    spec, batches = _data(NUM_FIELDS, with_history=True)
+    mlp = {"hidden": [200, 80], "activation": activation}
+    model = {"name": "din", "embedding_dim": DIM, "attention_activation": activation, "mlp": mlp}
+    name = "din" if activation == "dice" else f"din_{activation}"
     return {
-        "din_jagged": Step(spec, batches, model, sequence_length="jagged"),
-        "din_padded": Step(spec, batches, model, _plain),
+        f"{name}_jagged": Step(spec, batches, model, sequence_length="jagged"),
+        f"{name}_padded": Step(spec, batches, model, _plain),
     }
+
+
+def _dcnv2() -> dict[str, Step]:
+    spec, batches = _data(CROSS_FIELDS - 1, with_history=False)
+    model = {"name": "dcnv2", "embedding_dim": DIM, "cross_layers": 3, "low_rank": RANK, "mlp": {"hidden": [400, 400]}}
+    return {"dcnv2_fused": Step(spec, batches, model), "dcnv2_plain": Step(spec, batches, model, _plain)}
 
 
 def _plain() -> AbstractContextManager[object]:
     """Plain torch in place of the fused operators of towers."""
-    return nullcontext()
+    return mock.patch.object(fused, "takes_operator", return_value=False)
 
 
-def _data(*, with_history: bool) -> tuple[FeatureSpec, list[Batch]]:
+def _data(num_fields: int, *, with_history: bool) -> tuple[FeatureSpec, list[Batch]]:
     """A fitted spec and a few batches of it: single ids, and a history of the item with lengths drawn from a Zipf law."""
     encoding = {"kind": "hashed", "num_buckets": FIELD_IDS}
     features: list[dict[str, Any]] = [
         {"name": f"f{i}", "kind": "id", "role": "user" if i % 2 else "item", "dtype": "int64", "encoding": encoding}
-        for i in range(NUM_FIELDS)
+        for i in range(num_fields)
     ]
     features.append(
         {"name": "item", "kind": "id", "role": "item", "dtype": "int64", "encoding": {"kind": "hashed", "num_buckets": NUM_ITEMS}}
@@ -116,12 +139,12 @@ def _data(*, with_history: bool) -> tuple[FeatureSpec, list[Batch]]:
         features.append({"name": "history", "kind": "sequence", "role": "user", "of": "item", "max_length": MAX_LENGTH})
     spec = FeatureSpec.parse({"labels": ["click"], "features": features}, "spec")
     rng, transform = np.random.default_rng(1), Transform(spec)
-    return spec, [transform.batch(_rows(rng, with_history=with_history)) for _ in range(NUM_BATCHES)]
+    return spec, [transform.batch(_rows(rng, num_fields, with_history=with_history)) for _ in range(NUM_BATCHES)]
 
 
-def _rows(rng: np.random.Generator, *, with_history: bool) -> pa.RecordBatch:
+def _rows(rng: np.random.Generator, num_fields: int, *, with_history: bool) -> pa.RecordBatch:
     columns: dict[str, Any] = {"click": rng.integers(0, 2, BATCH_SIZE), "item": rng.integers(0, NUM_ITEMS, BATCH_SIZE)}
-    columns.update({f"f{i}": rng.integers(0, FIELD_IDS, BATCH_SIZE) for i in range(NUM_FIELDS)})
+    columns.update({f"f{i}": rng.integers(0, FIELD_IDS, BATCH_SIZE) for i in range(num_fields)})
     if with_history:
         columns["history"] = [rng.integers(0, NUM_ITEMS, length).tolist() for length in _lengths(rng)]
     return pa.RecordBatch.from_pydict({name: pa.array(values) for name, values in columns.items()})

@@ -5,18 +5,22 @@ and on a GPU where there is one.
 """
 
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from ninerank.fusion.kernels import registry
+from ninerank.fusion.kernels.dot_interaction import dot_interaction
 from ninerank.fusion.kernels.embedding_bag import embedding_bag
 from ninerank.fusion.kernels.embedding_reduce import embedding_reduce
 from ninerank.fusion.kernels.embedding_sequence import embedding_sequence
 from ninerank.fusion.kernels.embedding_update import FTRL, SGD, Adagrad, Adam, RowOptimizer, RowwiseAdagrad, embedding_update
+from ninerank.fusion.kernels.fm_interaction import fm_interaction
 from ninerank.fusion.kernels.jagged_attention import jagged_attention
 from ninerank.fusion.kernels.jagged_pairs import jagged_pairs
 from ninerank.fusion.kernels.launch import Tile
+from ninerank.fusion.kernels.low_rank_cross import low_rank_cross
 from ninerank.fusion.kernels.quantized_rows import quantized_rows, row_bytes
 from ninerank.fusion.kernels.sigmoid_gate import sigmoid_gate
 
@@ -228,3 +232,29 @@ def test_sigmoid_gate(dim: int, bf16_out: bool) -> None:
     found = sigmoid_gate(*_on_device(x, *vectors), bf16_out, kernel="triton")
     expected = sigmoid_gate(x, *vectors, bf16_out, kernel="torch")
     assert torch.allclose(found.cpu().float(), expected.float(), atol=1e-5, rtol=1e-2 if bf16_out else 1e-5)
+
+
+def _agrees(operator: Callable[..., torch.Tensor], values: list[torch.Tensor]) -> None:
+    """Triton's result and gradients are those of the float64 reference."""
+    found = []
+    for kernel, device, dtype in (("triton", DEVICE, torch.float32), ("torch", torch.device("cpu"), torch.float64)):
+        own = [value.to(device, dtype).requires_grad_() for value in values]
+        out = operator(*own, kernel=kernel)
+        upstream = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).to(device, dtype)
+        found.append([value.detach().cpu().double() for value in (out, *torch.autograd.grad(out, own, upstream))])
+    torch.testing.assert_close(*found, rtol=2e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 16, 45])
+@pytest.mark.parametrize("width", [3, 16, 128, 150])
+def test_low_rank_cross(rows: int, width: int) -> None:
+    shapes = ((rows, width), (2, 4, width), (2, 4, width), (2, width))
+    _agrees(low_rank_cross, [torch.randn(shape, generator=_draw(i)) * 0.3 for i, shape in enumerate(shapes)])
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5, BLOCK + 1])
+@pytest.mark.parametrize(("fields", "dim"), [(1, 4), (2, 1), (3, 16), (9, 10)])
+def test_interactions(rows: int, fields: int, dim: int) -> None:
+    values = [torch.randn(rows, fields, dim, generator=_draw(rows))]
+    _agrees(fm_interaction, values)
+    _agrees(dot_interaction, values if rows < BLOCK else [values[0][:20]])

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ninerank.fusion.kernels.dot_interaction.triton import dot_grad_kernel, dot_kernel
 from ninerank.fusion.kernels.embedding_bag.triton import gather_kernel, pool_kernel
 from ninerank.fusion.kernels.embedding_update.triton import update_kernel
+from ninerank.fusion.kernels.fm_interaction.triton import fm_grad_kernel, fm_kernel
 from ninerank.fusion.kernels.jagged_attention.triton import attention_kernel, gradient_kernel
 from ninerank.fusion.kernels.jagged_pairs.triton import key_grad_kernel, pair_kernel, query_grad_kernel
 from ninerank.fusion.kernels.launch import Tile
+from ninerank.fusion.kernels.low_rank_cross.triton import COLUMNS, ROWS, combine_kernel, product_kernel
 from ninerank.fusion.kernels.quantized_rows import code_bytes, row_bytes
 from ninerank.fusion.kernels.quantized_rows.triton import quantized_kernel
 from ninerank.fusion.kernels.sigmoid_gate.triton import gate_kernel
@@ -39,6 +42,8 @@ def specimens(device_type: str) -> Iterator[Specimen]:
             yield from _updates(table, dim, shape, optimizer)
     for dim in (1, 10, 16, 64):
         yield from _jagged(dim, device_type)
+        yield from _interactions(dim, device_type)
+    yield from _crosses()
     for dim in (1, 16, 40, 80):
         yield _gate(dim, device_type)
     for dim in (1, 15, 16, 64, 512):
@@ -91,22 +96,45 @@ def _jagged(dim: int, device_type: str) -> Iterator[Specimen]:
     counts = {"num_positions": "i32", "num_histories": "i32"}
     segments = {"starts": "*i32", "lengths": "*i32"}
 
-    def floats(*names: str) -> dict[str, str]:
-        return dict.fromkeys(names, "*fp32")
-
-    by_position = {**floats("query", "key", "grad"), "histories": "*i32", **floats("out", "key_grad")}
+    by_position = {**_floats("query", "key", "grad"), "histories": "*i32", **_floats("out", "key_grad")}
     for name, kernel, signature in (
         ("pairs", pair_kernel, {**by_position, **counts}),
         ("pairs-key", key_grad_kernel, {**by_position, **counts}),
-        ("pairs-query", query_grad_kernel, {**floats("grad", "key", "query_grad"), **segments, "num_histories": "i32"}),
+        ("pairs-query", query_grad_kernel, {**_floats("grad", "key", "query_grad"), **segments, "num_histories": "i32"}),
     ):
         yield Specimen(f"{name}-fp32-{dim}", kernel, {key: signature[key] for key in kernel.arg_names if key in signature}, shape)
     for softmax in (False, True):
         name, constants = f"fp32-{dim}{'-softmax' if softmax else ''}", {**shape, "SOFTMAX": softmax}
-        attend = {**floats("score", "key"), **segments, **floats("out", "log_total"), "num_histories": "i32"}
+        attend = {**_floats("score", "key"), **segments, **_floats("out", "log_total"), "num_histories": "i32"}
         yield Specimen(f"attention-{name}", attention_kernel, attend, constants)
-        back = {**floats("grad", "weight", "mean", "key"), "histories": "*i32", **floats("score_grad", "key_grad"), **counts}
+        back = {**_floats("grad", "weight", "mean", "key"), "histories": "*i32", **_floats("score_grad", "key_grad"), **counts}
         yield Specimen(f"attention-back-{name}", gradient_kernel, back, constants)
+
+
+def _floats(*names: str) -> dict[str, str]:
+    return dict.fromkeys(names, "*fp32")
+
+
+def _interactions(dim: int, device_type: str) -> Iterator[Specimen]:
+    tile = Tile.of(dim, device_type)
+    shape = {"DIM": dim, "COLUMNS": tile.columns, "WIDE": False}
+    counts = {"num_rows": "i32", "num_fields": "i32"}
+    for name, forward, back, size in (
+        ("fm", fm_kernel, fm_grad_kernel, {"BLOCK": tile.rows}),
+        ("dot", dot_kernel, dot_grad_kernel, {"FIELDS": 32}),
+    ):
+        yield Specimen(f"{name}-fp32-{dim}", forward, {**_floats("fields", "out"), **counts}, {**shape, **size})
+        yield Specimen(f"{name}-back-fp32-{dim}", back, {**_floats("grad", "fields", "fields_grad"), **counts}, {**shape, **size})
+
+
+def _crosses() -> Iterator[Specimen]:
+    counts = {"num_rows": "i32", "width": "i32"}
+    for wide in (False, True):
+        constants = {"ROWS": ROWS, "COLUMNS": COLUMNS, "WIDE": wide}
+        name = "-i64" if wide else ""
+        yield Specimen(f"cross-fp32-16{name}", combine_kernel, {**_floats("x0", "z", "bias", "x", "out"), **counts}, constants)
+        back = _floats("grad", "x0", "z", "bias", "x0_grad", "z_grad")
+        yield Specimen(f"cross-back-fp32-16{name}", product_kernel, {**back, **counts}, constants)
 
 
 def _updates(table: str, dim: int, shape: dict[str, int], optimizer: str) -> Iterator[Specimen]:

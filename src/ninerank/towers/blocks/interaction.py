@@ -7,6 +7,10 @@ E experts.
 import torch
 from torch import Tensor, nn
 
+from ninerank.fusion.kernels.dot_interaction import dot_interaction
+from ninerank.fusion.kernels.fm_interaction import fm_interaction
+from ninerank.fusion.kernels.low_rank_cross import low_rank_cross
+from ninerank.towers.blocks import fused
 from ninerank.towers.blocks.mlp import linear
 
 __all__ = ["CrossLayer", "CrossMixture", "CrossNet", "DotInteraction", "FMInteraction"]
@@ -22,6 +26,8 @@ class FMInteraction(nn.Module):
     """
 
     def forward(self, fields_BFD: Tensor) -> Tensor:
+        if fused.takes_operator(self, fields_BFD):
+            return fm_interaction(fields_BFD)
         square_of_sum_BD = fields_BFD.sum(1).square()
         sum_of_square_BD = fields_BFD.square().sum(1)
         return 0.5 * (square_of_sum_BD - sum_of_square_BD).sum(1, keepdim=True)
@@ -42,6 +48,8 @@ class DotInteraction(nn.Module):
         self.register_buffer("place_P", row_P * num_fields + column_P, persistent=False)
 
     def forward(self, fields_BFD: Tensor) -> Tensor:
+        if fused.takes_operator(self, fields_BFD):
+            return dot_interaction(fields_BFD)
         gram_BFF = torch.bmm(fields_BFD, fields_BFD.transpose(1, 2))
         return gram_BFF.flatten(1).index_select(1, self.place_P)
 
@@ -102,9 +110,25 @@ class CrossNet(nn.Module):
             return CrossLayer(width, low_rank) if num_experts is None or low_rank is None else CrossMixture(width, low_rank, num_experts)
 
         self.layers = nn.ModuleList(layer() for _ in range(num_layers))
+        self.has_operator = low_rank is not None and num_experts is None and num_layers > 0
 
     def forward(self, x0_BI: Tensor) -> Tensor:
+        if self.has_operator and fused.takes_operator(self, x0_BI):
+            return self._fused(x0_BI)
         x_BI = x0_BI
         for layer in self.layers:
             x_BI = layer(x0_BI, x_BI)
         return x_BI
+
+    def _fused(self, x0_BI: Tensor) -> Tensor:
+        downs: list[Tensor] = []
+        ups: list[Tensor] = []
+        biases: list[Tensor] = []
+        for layer in self.layers:
+            down, up = layer.get_submodule("weight.0"), layer.get_submodule("weight.1")
+            assert isinstance(down, nn.Linear)
+            assert isinstance(up, nn.Linear)
+            downs.append(down.weight)
+            ups.append(up.weight.t())
+            biases.append(up.bias)
+        return low_rank_cross(x0_BI, torch.stack(downs), torch.stack(ups), torch.stack(biases))
