@@ -141,7 +141,7 @@ def test_interrupt_during_the_test_saves_nothing_wrong(make_recipe, tmp_path, mo
 def test_a_run_that_saved_nothing_may_start_again(make_recipe, tmp_path):
     with pytest.raises(DataError, match="is missing"):
         Trainer(make_recipe("spec.features.0.column=usr"), tmp_path / "run")
-    assert (tmp_path / "run" / "recipe.yaml").exists()
+    assert not (tmp_path / "run").exists()
     assert Trainer(make_recipe(), tmp_path / "run").progress.step == 0
 
 
@@ -238,6 +238,39 @@ def test_a_run_is_not_overwritten_unawares(make_recipe, tmp_path):
         with pytest.raises(SpecError, match="exists and is no run directory"):
             Trainer(recipe, tmp_path / "other", overwrite=overwrite)
     assert (tmp_path / "other" / "thesis.tex").exists()
+
+
+def files(directory):
+    return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_what_fails_before_training_leaves_nothing_behind(make_recipe, tmp_path, monkeypatch):
+    recipe = make_recipe("schedule.epochs=1")
+    damaged = make_recipe("spec.features.0.column=nowhere")
+    with pytest.raises(DataError, match="nowhere"):
+        Trainer(damaged, tmp_path / "deep" / "run")
+    assert not (tmp_path / "deep").exists()
+    with pytest.raises(CrashError):
+        at_step(Trainer(recipe, tmp_path / "deep" / "run"), 1, crash).fit()
+    assert not (tmp_path / "deep").exists()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="nowhere"):
+        Trainer(damaged, tmp_path / "empty")
+    assert list((tmp_path / "empty").iterdir()) == []
+
+    Trainer(recipe, tmp_path / "run").fit()
+    before = files(tmp_path / "run")
+    with pytest.raises(DataError, match="nowhere"):
+        Trainer(damaged, tmp_path / "run", overwrite=True)
+    assert files(tmp_path / "run") == before
+    with pytest.raises(CheckpointError):
+        Trainer(recipe, tmp_path / "run", resume="step-999")
+    assert files(tmp_path / "run") == before
+    trainer = Trainer(recipe, tmp_path / "run", overwrite=True)
+    assert not any(path.name == ".replaced" for path in (tmp_path / "run").iterdir())
+    with pytest.raises(CrashError):
+        at_step(trainer, 2, crash).fit()
+    assert (tmp_path / "run" / "recipe.yaml").exists()
 
 
 def test_resume_needs_the_same_recipe_and_data(make_recipe, tmp_path, log_dir):

@@ -9,8 +9,9 @@ Whatever is replaced while a run goes on is written beside and renamed.
 
 import platform
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from ninerank.training.saved import fill_best
 
 __all__ = ["Run", "RunDir", "load_run"]
 
+REPLACED = ".replaced"
 PACKAGES = ("torch", "numpy", "pyarrow", "numba", "pydantic", "safetensors")
 FREE_TO_CHANGE = (
     "schedule.epochs",
@@ -63,6 +65,8 @@ class RunDir:
     """Paths of a run directory and the files that are written once."""
 
     path: Path
+    _made: list[Path] = field(default_factory=list, init=False, repr=False, compare=False)  # directories, the inner ones first
+    _is_new: list[bool] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def recipe_path(self) -> Path:
@@ -92,12 +96,52 @@ class RunDir:
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             if not self.recipe_path.is_file():
                 raise SpecError(f"{self.path}: exists and is no run directory; choose another --out")
-            if not overwrite and (self.checkpoints.exists() or self.best.exists()):
+            if not overwrite and any(path.exists() for path in (self.checkpoints, self.best, self.path / REPLACED)):
                 choices = "go on with it (--resume), replace it (--overwrite) or choose another --out"
                 raise SpecError(f"{self.path}: holds a run already; {choices}")
-            shutil.rmtree(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        sealed.replace_file(self.recipe_path, recipe.to_yaml().encode())
+            self._set_aside()
+        self._made[:] = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        self._is_new[:] = [True]
+        with self.undone_on_failure():
+            self.path.mkdir(parents=True, exist_ok=True)
+            sealed.replace_file(self.recipe_path, recipe.to_yaml().encode())
+
+    @contextmanager
+    def undone_on_failure(self, has_begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """Take back what `create` made if what follows fails before training has begun: a run that was to be replaced stays as it was."""
+        try:
+            yield
+        except BaseException:
+            if self._is_new and not has_begun():
+                self._undo()
+            raise
+
+    def settle(self) -> None:
+        """Delete the run that this one replaces."""
+        if self._is_new:
+            shutil.rmtree(self.path / REPLACED, ignore_errors=True)
+
+    def _set_aside(self) -> None:
+        """Move what the directory holds out of the new run's way; the directory itself may be a link or a mounted disk."""
+        shutil.rmtree(self.path / REPLACED, ignore_errors=True)
+        old = list(self.path.iterdir())
+        (self.path / REPLACED).mkdir()
+        for path in old:
+            path.rename(self.path / REPLACED / path.name)
+
+    def _undo(self) -> None:
+        aside = self.path / REPLACED
+        for path in list(self.path.iterdir()) if self.path.is_dir() else ():
+            if path != aside:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if aside.is_dir():
+            for path in aside.iterdir():
+                path.rename(self.path / path.name)
+            aside.rmdir()
+        with suppress(OSError):  # somebody put something there
+            for path in self._made:
+                path.rmdir()
+        self._is_new.clear()
 
     def reopen(self, recipe: Recipe) -> None:
         """Check that `recipe` goes on with this run; raises CheckpointError naming the first key that differs and must not."""

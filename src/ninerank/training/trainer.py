@@ -109,12 +109,14 @@ class Trainer:
         self._peers = Peers()
         self._on_first(lambda: self.run.reopen(self.recipe) if resume else self.run.create(self.recipe, overwrite=overwrite))
         self._tables = ExitStack()
-        try:
-            with self.display:
-                self._prepare(resume)
-        except BaseException:
-            self.close()
-            raise
+        with self.run.undone_on_failure():
+            try:
+                with self.display:
+                    self._prepare(resume)
+            except BaseException:
+                self.close()
+                raise
+        self.run.settle()
 
     def close(self) -> None:
         """Close the model's tables; `fit` does so at its end."""
@@ -128,6 +130,7 @@ class Trainer:
         started_s = time.monotonic()
         keep = self.progress.step
         with (
+            self.run.undone_on_failure(lambda: self.progress.step > 0),
             self._tables,
             self.display,
             self._open_history(keep) as self._history,
