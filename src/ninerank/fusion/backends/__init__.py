@@ -79,8 +79,8 @@ def lower(
     inputs = inputs_of(module)
     place = next((place for place, given in enumerate(inputs) if given.role == "request"), None)
     try:
-        run = BACKENDS[name](module, precision)
-        run_one = run if one is None or one is module or place is None else BACKENDS[name](one, precision)
+        run = BACKENDS[name](module, precision, False)
+        run_one = run if one is None or one is module or place is None else BACKENDS[name](one, precision, True)
     except BundleError as error:
         if backend != AUTO or precision != "fp32":
             raise
@@ -93,22 +93,22 @@ def _multiplies_bf16() -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
-def _eager(module: fx.GraphModule, precision: Precision) -> Run:
+def _eager(module: fx.GraphModule, precision: Precision, one_request: bool) -> Run:
     return module
 
 
-def _inductor(module: fx.GraphModule, precision: Precision) -> Run:
+def _inductor(module: fx.GraphModule, precision: Precision, one_request: bool) -> Run:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Inductor imports what torch itself calls deprecated
         run: Run = torch.compile(module, dynamic=True)
     return run
 
 
-def _script(module: fx.GraphModule, precision: Precision) -> Run:
+def _script(module: fx.GraphModule, precision: Precision, one_request: bool) -> Run:
     module = _copy(module)
     fuse_gates(module)
     if has_packed_linear():
-        pack_linears(module, bf16=precision == "bf16")
+        pack_linears(module, bf16=precision == "bf16", one_request=one_request)
     return script(module)
 
 
@@ -121,4 +121,4 @@ def _copy(module: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(module, graph, "Packed").eval()
 
 
-BACKENDS: dict[str, Callable[[fx.GraphModule, Precision], Run]] = {"script": _script, "inductor": _inductor, "eager": _eager}
+BACKENDS: dict[str, Callable[[fx.GraphModule, Precision, bool], Run]] = {"script": _script, "inductor": _inductor, "eager": _eager}

@@ -14,10 +14,12 @@ from torch import fx
 
 from ninerank.fusion.backends.gates import absorb_conversions
 from ninerank.fusion.backends.weights import constant_of
+from ninerank.fusion.roles import colour
 
 __all__ = ["has_packed_linear", "pack_linears"]
 
 aten = torch.ops.aten
+CACHED = 1 << 18  # numbers of a matrix that one row is multiplied with from the cache
 SMALL = 16  # outputs of a layer that is not worth packing: a logit
 ACTIVATIONS: dict[Any, str] = {aten.relu.default: "relu", aten.sigmoid.default: "sigmoid", aten.tanh.default: "tanh"}
 
@@ -27,12 +29,17 @@ def has_packed_linear() -> bool:
     return hasattr(torch.ops.mkldnn, "_linear_pointwise") and bool(torch._C._has_mkldnn)
 
 
-def pack_linears(module: fx.GraphModule, *, bf16: bool, num_rows: int = 256) -> int:
-    """Turn the graph's linear layers into packed ones, in place; returns how many. num_rows: rows to pack for."""
+def pack_linears(module: fx.GraphModule, *, bf16: bool, one_request: bool = False, num_rows: int = 256) -> int:
+    """Turn the graph's linear layers into packed ones, in place; returns how many.
+
+    num_rows: rows to pack for. one_request: what depends on the request alone has one row, which a plain product of a matrix that stays in
+    the cache serves best.
+    """
+    colour(module.graph)
     packed = 0
     for node in list(module.graph.nodes):
         if node.op == "call_function" and node.target is aten.linear.default:
-            packed += _pack(module, node, bf16, num_rows)
+            packed += _pack(module, node, bf16, one_request, num_rows)
     if bf16:
         _drop_round_trips(module.graph)
         module.graph.eliminate_dead_code()
@@ -43,10 +50,12 @@ def pack_linears(module: fx.GraphModule, *, bf16: bool, num_rows: int = 256) -> 
     return packed
 
 
-def _pack(module: fx.GraphModule, node: fx.Node, bf16: bool, num_rows: int) -> bool:
+def _pack(module: fx.GraphModule, node: fx.Node, bf16: bool, one_request: bool, num_rows: int) -> bool:
     weight = constant_of(module, node.args[1])
     bias = node.args[2] if len(node.args) > 2 else None
     if weight is None or weight.shape[0] < SMALL or weight.dtype != torch.float32:
+        return False
+    if one_request and node.meta["role"] == "request" and weight.numel() <= CACHED:
         return False
     graph, last, activation = module.graph, node, "none"
     users = list(last.users)
@@ -59,7 +68,12 @@ def _pack(module: fx.GraphModule, node: fx.Node, bf16: bool, num_rows: int) -> b
         packed, source, vector = graph.get_attr(name), node.args[0], bias
         if bf16:
             source = graph.call_function(aten.to.dtype, (source, dtype))
-            vector = None if vector is None else graph.call_function(aten.to.dtype, (vector, dtype))
+            fixed = constant_of(module, vector)
+            if fixed is not None:
+                module.register_buffer(f"{name}_bias", fixed.to(dtype))
+                vector = graph.get_attr(f"{name}_bias")
+            elif vector is not None:
+                vector = graph.call_function(aten.to.dtype, (vector, dtype))
         made = graph.call_function(torch.ops.mkldnn._linear_pointwise.default, (source, packed, vector, activation, [], ""))
         result = graph.call_function(aten.to.dtype, (made, torch.float32)) if bf16 else made
     last.replace_all_uses_with(result)
