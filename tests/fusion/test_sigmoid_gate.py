@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from ninerank.fusion.backends.gates import fuse_gates
 from ninerank.fusion.backends.onednn import pack_linears
 from ninerank.fusion.capture import ROWS, GraphInput, capture
+from ninerank.fusion.kernels import threads
 from ninerank.fusion.kernels.jit import jit
 from ninerank.fusion.kernels.lanes import exponential
 from ninerank.fusion.kernels.sigmoid_gate import sigmoid_gate
@@ -99,3 +100,38 @@ def test_graphs_take_it_with_the_conversions_around_it(bf16: bool) -> None:
     # The input and the output of the graph. None around the gate.
     assert len(conversions) == (2 if bf16 else 0)
     assert fuse_gates(graph) == 0
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.sampled_from(DIMS), st.sampled_from([0, 1, 5, 127, 128, 300]), st.sampled_from([0.1, 4.0]), st.integers(0, 999))
+def test_gradients_equal_the_float64_reference(dim: int, rows: int, spread: float, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    shapes = ((rows, dim), *[(dim,)] * 4)
+    values = [torch.randn(shape, generator=draw) * (1.0 if i else spread) for i, shape in enumerate(shapes)]
+    grad, found = torch.randn(rows, dim, generator=draw), []
+    for dtype in (torch.float32, torch.float64):
+        own = [value.to(dtype).requires_grad_() for value in values]
+        out = sigmoid_gate(*own, kernel="numba" if dtype == torch.float32 else "torch")
+        found.append([value.double() for value in torch.autograd.grad(out, own, grad.to(dtype))])
+    torch.testing.assert_close(*found, rtol=2e-5, atol=2e-4)
+
+
+def test_gradcheck() -> None:
+    draw = torch.Generator().manual_seed(0)
+    values = [torch.randn(shape, generator=draw, dtype=torch.float64).requires_grad_() for shape in ((2, 3, 4), *[(4,)] * 4)]
+    assert torch.autograd.gradcheck(lambda *own: sigmoid_gate(*own, kernel="torch"), values)
+
+
+def test_gradients_have_the_same_bits_for_any_number_of_threads(num_threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(1)
+    values = [torch.randn(shape, generator=draw).requires_grad_() for shape in ((700, 16), *[(16,)] * 4)]
+    found = torch.autograd.grad(sigmoid_gate(*values).sum(), values)
+    monkeypatch.setattr(threads, "num_threads_for", lambda num_elements: 1)
+    assert all(torch.equal(*pair) for pair in zip(found, torch.autograd.grad(sigmoid_gate(*values).sum(), values), strict=True))
+
+
+def test_backward_operator_contract() -> None:
+    draw = torch.Generator().manual_seed(2)
+    values = [torch.randn(shape, generator=draw) for shape in ((5, 8), (5, 8), *[(8,)] * 4)]
+    torch.library.opcheck(torch.ops.ninerank.sigmoid_gate_backward.default, (*values, "auto"))
+    torch.library.opcheck(torch.ops.ninerank.sigmoid_gate.default, (*(value.requires_grad_() for value in values[1:]), False, "auto"))

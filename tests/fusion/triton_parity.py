@@ -234,6 +234,12 @@ def test_sigmoid_gate(dim: int, bf16_out: bool) -> None:
     assert torch.allclose(found.cpu().float(), expected.float(), atol=1e-5, rtol=1e-2 if bf16_out else 1e-5)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 300])
+@pytest.mark.parametrize("dim", [1, 7, 16])
+def test_sigmoid_gate_gradients(rows: int, dim: int) -> None:
+    _agrees(sigmoid_gate, [torch.randn(rows, dim, generator=_draw(1)), *(torch.randn(dim, generator=_draw(i)) for i in range(4))])
+
+
 def _agrees(operator: Callable[..., torch.Tensor], values: list[torch.Tensor]) -> None:
     """Triton's result and gradients are those of the float64 reference."""
     found = []

@@ -17,7 +17,7 @@ from ninerank.fusion.kernels.launch import Tile
 from ninerank.fusion.kernels.low_rank_cross.triton import COLUMNS, ROWS, combine_kernel, product_kernel
 from ninerank.fusion.kernels.quantized_rows import code_bytes, row_bytes
 from ninerank.fusion.kernels.quantized_rows.triton import quantized_kernel
-from ninerank.fusion.kernels.sigmoid_gate.triton import gate_kernel
+from ninerank.fusion.kernels.sigmoid_gate.triton import gate_grad_kernel, gate_kernel
 
 POINTER = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}
 TABLE_DIMS = [("fp32", 1), ("fp32", 16), ("fp16", 16), ("bf16", 64), ("fp32", 10), ("fp32", 512)]
@@ -46,9 +46,17 @@ def specimens(device_type: str) -> Iterator[Specimen]:
     yield from _crosses()
     for dim in (1, 16, 40, 80):
         yield _gate(dim, device_type)
+        yield _gate_grad(dim, device_type)
     for dim in (1, 15, 16, 64, 512):
         for bits in (8, 4):
             yield from _quantized(dim, bits, device_type)
+
+
+def _gate_grad(dim: int, device_type: str) -> Specimen:
+    tile = Tile.of(dim, device_type)
+    names = ("grad", "x", "shift", "scale", "base", "slope", "x_grad", "sums")
+    constants = {"DIM": dim, "BLOCK": tile.rows, "COLUMNS": tile.columns}
+    return Specimen(f"sigmoid-gate-back-{dim}", gate_grad_kernel, {**_floats(*names), "num_rows": "i32"}, constants)
 
 
 def _gate(dim: int, device_type: str) -> Specimen:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ninerank.fusion.kernels.sigmoid_gate import sigmoid_gate
+from ninerank.towers.blocks import fused
 from ninerank.towers.config import Activation, MLPConfig
 
 __all__ = ["MLP", "BatchNorm", "Dice", "activation", "linear"]
@@ -49,9 +51,19 @@ class Dice(nn.Module):
         self.register_buffer("running_var", torch.ones(width))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is None and x.numel() and fused.takes_operator(self, x):
+            return self._fused(x)
         mean_H, var_H = self._batch_statistics(x, mask) if self.training else (self.running_mean, self.running_var)
         p = torch.sigmoid((x - mean_H) * torch.rsqrt(var_H + self.eps))
         return x * (p + (1 - p) * self.alpha)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        var_H, mean_H = torch.var_mean(x.flatten(0, -2), 0, correction=0)
+        with torch.no_grad():
+            self.running_mean.lerp_(mean_H.detach().to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(var_H.detach().to(self.running_var.dtype), self.momentum)
+        scale_H = torch.rsqrt(var_H + self.eps)
+        return sigmoid_gate(x.contiguous(), -mean_H * scale_H, scale_H, self.alpha, 1 - self.alpha)
 
     def _batch_statistics(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         flat = x.flatten(0, -2).to(self.running_mean.dtype)
