@@ -16,6 +16,8 @@ from torch import fx
 from ninerank.fusion.capture import ROWS, GraphInput
 from ninerank.fusion.cost import VIEWS
 from ninerank.fusion.editor import Editor
+from ninerank.fusion.passes.linears import split_items
+from ninerank.fusion.roles import colour
 
 __all__ = ["PREFIX", "Precomputed", "precompute_items"]
 
@@ -40,6 +42,8 @@ class Precomputed:
 def precompute_items(module: fx.GraphModule) -> Precomputed | None:
     """Cut a captured graph in two; None where nothing depends on the item alone but its inputs."""
     editor = Editor(module)
+    split_items(editor)
+    colour(editor.graph)
     (output,) = editor.graph.find_nodes(op="output")
     needed: set[fx.Node] = set()
     cut: dict[fx.Node, GraphInput] = {}

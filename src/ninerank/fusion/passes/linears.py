@@ -21,7 +21,7 @@ from ninerank.fusion.editor import Editor
 from ninerank.fusion.roles import expanded
 from ninerank.fusion.rowwise import axis
 
-__all__ = ["apply"]
+__all__ = ["apply", "split_items"]
 
 aten = torch.ops.aten
 
@@ -58,6 +58,31 @@ def _split(editor: Editor, node: fx.Node) -> bool:
             each = _linear(editor, node, weight_OI, [leaf.node for leaf in item], item, [])
             new = editor.call(aten.add.Tensor, each, once)
         editor.replace(node, new)
+    return True
+
+
+def split_items(editor: Editor) -> int:
+    """Split Linears over items' columns and others, so that the items' share depends on the item alone; returns how many.
+
+    It saves nothing where the whole graph runs, but lets the share be kept by item.
+    """
+    return sum(_split_items(editor, node) for node in editor.calls(aten.linear.default))
+
+
+def _split_items(editor: Editor, node: fx.Node) -> bool:
+    source, weight_OI = node.args[0], editor.constant(node.args[1])
+    if weight_OI is None or not isinstance(source, fx.Node) or editor.rank(source) != 2 or source.meta["role"] != "joint":
+        return False
+    leaves = _leaves(editor, source, tuple(range(weight_OI.shape[1])))
+    item = [leaf for leaf in leaves if leaf.node.meta["role"] == "item"]
+    other = [leaf for leaf in leaves if leaf.node.meta["role"] != "item"]
+    if not item or not other:
+        return False
+    bias = [arg for arg in node.args[2:] if arg is not None]
+    with editor.before(node):
+        kept = _linear(editor, node, weight_OI, [leaf.node for leaf in item], item, [])
+        rest = _linear(editor, node, weight_OI, [leaf.node for leaf in other], other, bias)
+        editor.replace(node, editor.call(aten.add.Tensor, rest, kept))
     return True
 
 
