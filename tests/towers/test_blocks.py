@@ -118,3 +118,22 @@ def test_attention_statistics_in_training_do_not_depend_on_padding() -> None:
         keys, mask = torch.nn.functional.pad(keys, (0, 0, 0, pad)), torch.nn.functional.pad(mask, (0, pad))
         outputs.append(attention(query, keys, mask))
     torch.testing.assert_close(outputs[0], outputs[1])
+
+
+@pytest.mark.parametrize("hidden", [(), (6,), (6, 3)])
+def test_attention_is_the_same_in_training_in_evaluation_and_without_padding(hidden: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    attention = TargetAttention(4, hidden, "prelu").double()
+    torch.nn.init.normal_(attention._layers[0].bias)
+    query, keys = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 5, 4, dtype=torch.float64)
+    mask = torch.arange(5) < torch.tensor([[5], [0], [2]])
+    found = []
+    for out in (
+        attention.train()(query, keys, mask),
+        attention.eval()(query, keys, mask),
+        attention.jagged(query, keys[mask], torch.tensor([0, 5, 5, 7])),
+    ):
+        grads = torch.autograd.grad(out.square().sum(), list(attention.parameters()))
+        found.append([out, *grads])
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(found[0], found[2])
