@@ -34,12 +34,12 @@ class Scores:
         self.positives = [0.0] * len(labels)
 
     def update(self, batch: Batch, score_BT: torch.Tensor) -> None:
-        """Add rows; `batch` carries labels, and weights and groups if the spec has them."""
+        """Add rows; `batch` carries labels, and weights and groups if the spec has them. score_BT: float32, summed in float64, or float64."""
         if batch.label_BT is None:
             raise DataError(f"a batch of {batch.num_rows} rows has no labels, so it cannot be evaluated")
         rows = batch.num_real_rows
         label_BT = batch.label_BT[:rows].cpu().numpy()
-        score = score_BT[:rows].detach().double().cpu().numpy()
+        score = score_BT[:rows].detach().cpu().numpy()
         weight = None if batch.weight_B is None else batch.weight_B[:rows].cpu().numpy()
         self.num_rows += rows
         for task, metrics in enumerate(self._metrics):
