@@ -54,6 +54,13 @@ def test_a_failed_directory_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_error_names_the_file_that_was_asked_for(tmp_path: Path) -> None:
+    target = tmp_path / "missing" / "a.json"
+    with pytest.raises(FileNotFoundError) as error, replacing(target) as temporary:
+        temporary.write_text("x")
+    assert error.value.filename == str(target)
+
+
 def test_a_directory_that_exists_is_not_touched(tmp_path: Path) -> None:
     target = tmp_path / "bundle"
     target.mkdir()

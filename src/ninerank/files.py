@@ -31,6 +31,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
         sync(temporary)
         temporary.replace(target)
         sync(target.parent)
+    except OSError as error:
+        if error.filename is not None and Path(error.filename) == temporary:
+            error.filename = str(target)  # nobody knows the temporary one
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -45,7 +49,11 @@ def creating(path: str | Path) -> Iterator[Path]:
     if target.exists():
         raise FileExistsError(f"{target}: exists already")
     temporary = _beside(target)
-    temporary.mkdir(parents=True)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        error.filename = str(target)
+        raise
     try:
         yield temporary
         for inner in (*temporary.rglob("*"), temporary):

@@ -224,6 +224,7 @@ def test_a_mistake_in_a_file_is_one_error(
     [
         (("show", "none.yaml"), "none.yaml: cannot be read"),
         (("fit", "{spec}", "none.parquet", "-o", "out.json"), "none.parquet: is not there"),
+        (("fit", "{spec}", "{log}", "-o", "{log}/out.json"), "out.json: cannot be written, "),
         (("fit", "{spec}", "{log}", "-o", "out.txt"), "a spec is saved as .json, .yaml or .yml"),
         (("fit", "{spec}", "{log}", "-o", "out.json", "--format", "parket"), "unknown format 'parket'; did you mean 'parquet'"),
         (("synthetic", "out", "--rows", "30"), "at least 20 are needed"),

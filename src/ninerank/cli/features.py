@@ -32,11 +32,13 @@ def fit_spec(
     data_format: Format = "auto",
 ) -> None:
     """Learn vocabularies, moments and bucket boundaries from log files, and write the fitted spec."""
+    from ninerank.evaluation.page import check_writable
     from ninerank.features.fit import Fitter
     from ninerank.features.spec import FeatureSpec
 
     loaded = FeatureSpec.load(spec)
     loaded.check_suffix(out)
+    check_writable(out)
     fitter = Fitter(loaded)
     for batch in _batches(_reader(loaded, data, data_format), rows, "fit"):
         fitter.update(batch)

@@ -306,9 +306,10 @@ class FeatureSpec(Config):
             raise SpecError(f"{path}: a spec is saved as .json, .yaml or .yml, not {path.suffix!r}")
 
     def save(self, path: str | Path) -> None:
-        """Write JSON (`.json`) or YAML (`.yaml`, `.yml`); keys at their default are left out of YAML."""
+        """Write JSON (`.json`) or YAML (`.yaml`, `.yml`), and make its directory; keys at their default are left out of YAML."""
         file = Path(path)
         self.check_suffix(file)
+        file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as temporary, temporary.open("w", encoding="utf-8") as stream:
             if file.suffix == ".json":
                 json.dump(self.model_dump(mode="json"), stream, ensure_ascii=False, allow_nan=False)

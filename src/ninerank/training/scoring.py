@@ -34,7 +34,7 @@ class Scores:
         self.positives = [0.0] * len(labels)
 
     def update(self, batch: Batch, score_BT: torch.Tensor) -> None:
-        """Add rows; `batch` carries labels, and weights and groups if the spec has them. score_BT: float32, summed in float64, or float64."""
+        """Add rows; `batch` carries labels, and weights and groups if the spec has them. Scores: float32 or float64."""
         if batch.label_BT is None:
             raise DataError(f"a batch of {batch.num_rows} rows has no labels, so it cannot be evaluated")
         rows = batch.num_real_rows
