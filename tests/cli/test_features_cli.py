@@ -88,6 +88,13 @@ def test_fit_writes_a_spec_that_is_fitted(name: str, ninerank: Ninerank, spec: P
     assert {key: table.num_rows for key, table in fitted.tables.items()} == {"user": 3, "item": 3}
 
 
+def test_a_text_file_that_is_not_utf_8_is_refused(ninerank: Ninerank, spec: Path, tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_bytes(b"\xff\xfe\x00bad\n1\n")
+    done = ninerank("check", spec, tmp_path / "log.csv")
+    assert done.code == 1
+    assert re.fullmatch(r"error: .*log\.csv: its first line is not UTF-8 text \(invalid start byte at byte 0\)\n", done.err)
+
+
 def test_fit_on_the_first_rows_only(ninerank: Ninerank, spec: Path, log: Path, tmp_path: Path) -> None:
     done = ninerank("fit", spec, log, "--out", tmp_path / "out.json", "--rows", "1")
     assert done.code == 0

@@ -190,7 +190,10 @@ class TextLog:
             options = pc_csv.ParseOptions(delimiter=self.dialect.delimiter, quote_char='"' if self.dialect.quoted else False)
             # One line needs no threads; a pool just started may abort a process that ends at once over an error.
             calm = pc_csv.ReadOptions(use_threads=False)
-            return list(pc_csv.read_csv(pa.py_buffer(head), read_options=calm, parse_options=options).schema.names)
+            try:
+                return list(pc_csv.read_csv(pa.py_buffer(head), read_options=calm, parse_options=options).schema.names)
+            except UnicodeDecodeError as error:
+                raise DataError(f"{self.path}: its first line is not UTF-8 text ({error.reason} at byte {error.start})") from None
 
     block_rows = (None,)
 
