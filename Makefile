@@ -1,6 +1,6 @@
 # Ninerank: `make demo` and `make test` do everything on a fresh machine with Python 3.10-3.12; `make help` lists the rest.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-kernels lint format docs bench clean
+.PHONY: help setup demo test test-kernels test-npu test-cuda-compile lint format docs bench clean
 
 DEVICE ?=
 PYTHON ?=
@@ -29,6 +29,14 @@ test-kernels: ## all tests of the operators, slow ones too: Numba, Triton interp
 	@$(SETUP) --for test
 	@$(BIN)/python scripts/ascend.py
 	$(BIN)/python -m pytest tests/fusion -m "slow or not slow" $(ARGS)
+
+test-npu: ## Ascend without Ascend: the real torch_npu over a stand-in of its driver, steps traced, kernels lowered; docs/npu.md
+	@$(BOOT) scripts/ascend.py
+	.venv-ascend/bin/python tests/devices/lane.py npu
+
+test-cuda-compile: ## NVIDIA without a GPU: every kernel to a cubin for sm_80 and sm_90, training steps traced
+	@$(SETUP) --for test
+	$(BIN)/python tests/devices/lane.py cuda
 
 lint: ## ruff, format, types, layers
 	@$(SETUP) --for test

@@ -9,7 +9,7 @@ from typing import Any
 
 from ninerank.fusion.kernels.dot_interaction.triton import dot_grad_kernel, dot_kernel
 from ninerank.fusion.kernels.embedding_bag.triton import gather_kernel, pool_kernel
-from ninerank.fusion.kernels.embedding_update.triton import update_kernel
+from ninerank.fusion.kernels.embedding_update.triton import update_kernel, update_tile
 from ninerank.fusion.kernels.fm_interaction.triton import fm_grad_kernel, fm_kernel
 from ninerank.fusion.kernels.jagged_attention.triton import attention_kernel, gradient_kernel
 from ninerank.fusion.kernels.jagged_pairs.triton import key_grad_kernel, pair_kernel, query_grad_kernel
@@ -39,7 +39,8 @@ def specimens(device_type: str) -> Iterator[Specimen]:
         shape = {"DIM": dim, "BLOCK": tile.rows, "COLUMNS": tile.columns}
         yield from _lookups(table, dim, shape)
         for optimizer in ("sgd", "adagrad", "rowwise_adagrad", "adam", "ftrl"):
-            yield from _updates(table, dim, shape, optimizer)
+            own = update_tile(optimizer, dim, device_type)
+            yield from _updates(table, dim, {"DIM": dim, "BLOCK": own.rows, "COLUMNS": own.columns}, optimizer)
     for dim in (1, 10, 16, 64):
         yield from _jagged(dim, device_type)
         yield from _interactions(dim, device_type)

@@ -35,12 +35,13 @@ class Tile:
     columns: int
 
     @staticmethod
-    def of(dim: int, device_type: str) -> "Tile":
-        """Tile for an embedding dim; ValueError above 2,048."""
+    def of(dim: int, device_type: str, *, many: bool = False) -> "Tile":
+        """Tile for an embedding dim, on Ascend half of it for a kernel that keeps `many` live at once; ValueError above 2,048."""
         if not 1 <= dim <= TILE_ELEMENTS:
             raise ValueError(f"embedding dim {dim} is not between 1 and {TILE_ELEMENTS}, what Triton kernels take")
         power = 1 << (dim - 1).bit_length()
-        return Tile(min(MAX_TILE_ROWS, TILE_ELEMENTS // power), dim if device_type == "npu" else power)
+        elements = TILE_ELEMENTS // 2 if many and device_type == "npu" else TILE_ELEMENTS
+        return Tile(max(1, min(MAX_TILE_ROWS, elements // power)), dim if device_type == "npu" else power)
 
 
 def num_programs(num_rows: int, tile: Tile, device: torch.device) -> int:

@@ -2,6 +2,10 @@
 
 Indices arrive in the order of the output, so that nothing is divided and nothing is stored out of order. The same
 kernels sum gradients by segment (`embedding_reduce`), where the "table" is the gradient.
+
+For Ascend: integers are compared by the sign of a difference in float32 (its vector cores compare integers one by one, and rounding keeps
+a sign); a row that is not there is replaced by row 0 before its address is taken (there, a masked load of scattered rows reads first and
+chooses later); addresses are summed in int32 where that holds them.
 """
 
 import torch
@@ -15,8 +19,20 @@ __all__ = ["gather_rows", "pool_segments", "run"]
 
 
 @triton.jit
+def is_row(row_B, num_rows):
+    """Whether 0 <= row < num_rows."""
+    return (row_B.to(tl.float32) >= 0.0) & ((num_rows - 1 - row_B).to(tl.float32) >= 0.0)
+
+
+@triton.jit
+def holds(length_B, i):
+    """Whether a segment of that length has an entry i, counted from 0."""
+    return (length_B - i).to(tl.float32) > 0.0
+
+
+@triton.jit
 def load_rows(table, row_B, is_there_B, column_D, DIM: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr):
-    """Rows of a table as a float32 tile, zero where not there."""
+    """Rows of a table as a float32 tile, zero where not there: scattered rows name a row of the table even then."""
     if WIDE:
         row_B = row_B.to(tl.int64)
     address_BD = table + row_B[:, None] * DIM + column_D[None, :]
@@ -56,12 +72,13 @@ def sum_segment(
     """Tile of sums: entry i of a segment adds scale[i] * table[rows[i]]."""
     total_BD = tl.zeros((BLOCK, COLUMNS), dtype=tl.float32)
     for i in range(tl.max(length_B, axis=0)):
-        is_there_B = i < length_B
-        row_B = tl.load(rows + start_B + i, mask=is_there_B, other=0)
-        is_valid_B = is_there_B & (row_B >= 0) & (row_B < num_rows)
-        value_BD = load_rows(table, row_B, is_valid_B, column_D, DIM, COLUMNS, WIDE)
+        is_there_B = holds(length_B, i)
+        place_B = tl.where(is_there_B, start_B + i, 0)
+        row_B = tl.load(rows + place_B, mask=is_there_B, other=-1)
+        is_valid_B = is_row(row_B, num_rows)
+        value_BD = load_rows(table, tl.where(is_valid_B, row_B, 0), is_valid_B, column_D, DIM, COLUMNS, WIDE)
         if HAS_SCALE:
-            value_BD = value_BD * tl.load(scale + start_B + i, mask=is_there_B, other=0.0)[:, None]
+            value_BD = value_BD * tl.load(scale + place_B, mask=is_there_B, other=0.0)[:, None]
         total_BD += value_BD
     return total_BD
 
@@ -76,8 +93,8 @@ def gather_kernel(
         output_B = block * BLOCK + tl.arange(0, BLOCK)
         is_output_B = output_B < num_outputs
         row_B = tl.load(rows + output_B, mask=is_output_B, other=-1)
-        is_valid_B = (row_B >= 0) & (row_B < num_rows)
-        tile_BD = load_rows(table, row_B, is_valid_B, column_D, DIM, COLUMNS, WIDE)
+        is_valid_B = is_row(row_B, num_rows)
+        tile_BD = load_rows(table, tl.where(is_valid_B, row_B, 0), is_valid_B, column_D, DIM, COLUMNS, WIDE)
         store_rows(out, output_B, is_output_B, column_D, tile_BD, DIM, COLUMNS, WIDE)
 
 
@@ -144,6 +161,8 @@ def run(
 def gather_rows(table_RD: Tensor, rows_O: Tensor) -> Tensor:
     """float32 (O, D): each output's row, zero where there is none."""
     num_rows, dim = table_RD.shape
+    if num_rows == 0:
+        return torch.zeros(rows_O.numel(), dim, device=table_RD.device)
     out_OD = torch.empty(rows_O.numel(), dim, dtype=torch.float32, device=table_RD.device)
     tile, wide = Tile.of(dim, table_RD.device.type), is_wide(max(num_rows, rows_O.numel()), dim)
     if out_OD.numel():
@@ -160,6 +179,8 @@ def pool_segments(
     """float32 (O, D): each output's segment of rows, scaled and summed in order."""
     num_rows, dim = table_RD.shape
     num_outputs = starts_O.numel()
+    if num_rows == 0 or rows_N.numel() == 0:
+        return torch.zeros(num_outputs, dim, device=table_RD.device)
     out_OD = torch.empty(num_outputs, dim, dtype=torch.float32, device=table_RD.device)
     tile, wide = Tile.of(dim, table_RD.device.type), is_wide(max(num_rows, num_outputs), dim)
     if out_OD.numel():

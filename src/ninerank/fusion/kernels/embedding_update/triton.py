@@ -16,7 +16,7 @@ from ninerank.fusion.kernels.embedding_reduce.segments import by_row
 from ninerank.fusion.kernels.embedding_reduce.triton import shortened
 from ninerank.fusion.kernels.launch import Tile, is_wide, num_programs, on_device
 
-__all__ = ["run", "update_kernel"]
+__all__ = ["run", "update_kernel", "update_tile"]
 
 
 @triton.jit
@@ -106,6 +106,11 @@ def update_kernel(
         store_rows(weight, row_B, is_there_B, column_D, w_BD, DIM, COLUMNS, WIDE)
 
 
+def update_tile(optimizer: str, dim: int, device_type: str) -> Tile:
+    """Tile of a rule: two states a row and what is computed from them are many live tiles."""
+    return Tile.of(dim, device_type, many=optimizer in ("adam", "ftrl"))
+
+
 def run(
     weight_RD: Tensor,
     state: list[Tensor],
@@ -131,7 +136,7 @@ def run(
         # 1 - beta is taken here, where it is exact: in float32 it would lose what makes beta differ from 1.
         constants += [1 - constants[0], 1 - constants[1]]
     first, second = (*state, weight_RD, weight_RD)[:2]
-    tile = Tile.of(dim, weight_RD.device.type)
+    tile = update_tile(optimizer, dim, weight_RD.device.type)
     with on_device(weight_RD.device):
         update_kernel[(num_programs(rows_U.numel(), tile, weight_RD.device),)](
             *(weight_RD, first, second, lr_U if row_state is None else row_state, lr_U if correction is None else correction),

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ninerank.fusion.kernels.embedding_bag.triton import load_rows, store_rows
+from ninerank.fusion.kernels.embedding_bag.triton import holds, is_row, load_rows, store_rows
 from ninerank.fusion.kernels.jagged import history_of
 from ninerank.fusion.kernels.launch import Tile, is_wide, num_programs, on_device
 
@@ -42,22 +42,27 @@ def attention_kernel(
         if SOFTMAX:
             greatest_B = tl.full((BLOCK,), -3.0e38, dtype=tl.float32)
             for i in range(longest):
-                own_B = tl.load(score + start_B + i, mask=i < length_B, other=-3.0e38)
+                is_there_B = holds(length_B, i)
+                own_B = tl.load(score + tl.where(is_there_B, start_B + i, 0), mask=is_there_B, other=-3.0e38)
                 greatest_B = tl.maximum(greatest_B, own_B)
             norm_B = tl.zeros((BLOCK,), dtype=tl.float32)
             for i in range(longest):
-                own_B = tl.load(score + start_B + i, mask=i < length_B, other=-3.0e38)
-                weight_B = tl.where(i < length_B, tl.exp(own_B - greatest_B), 0.0)
+                is_there_B = holds(length_B, i)
+                position_B = tl.where(is_there_B, start_B + i, 0)
+                own_B = tl.load(score + position_B, mask=is_there_B, other=-3.0e38)
+                weight_B = tl.where(is_there_B, tl.exp(own_B - greatest_B), 0.0)
                 norm_B += weight_B
-                key_BD = load_rows(key, start_B + i, i < length_B, column_D, DIM, COLUMNS, WIDE)
+                key_BD = load_rows(key, position_B, is_there_B, column_D, DIM, COLUMNS, WIDE)
                 total_BD += weight_B[:, None] * key_BD
             norm_B = tl.where(norm_B == 0.0, 1.0, norm_B)
             total_BD = total_BD / norm_B[:, None]
             tl.store(log_total + history_B, greatest_B + tl.log(norm_B), mask=is_history_B)
         else:
             for i in range(longest):
-                weight_B = tl.load(score + start_B + i, mask=i < length_B, other=0.0)
-                key_BD = load_rows(key, start_B + i, i < length_B, column_D, DIM, COLUMNS, WIDE)
+                is_there_B = holds(length_B, i)
+                position_B = tl.where(is_there_B, start_B + i, 0)
+                weight_B = tl.load(score + position_B, mask=is_there_B, other=0.0)
+                key_BD = load_rows(key, position_B, is_there_B, column_D, DIM, COLUMNS, WIDE)
                 total_BD += weight_B[:, None] * key_BD
         store_rows(out, history_B, is_history_B, column_D, total_BD, DIM, COLUMNS, WIDE)
 
@@ -84,9 +89,10 @@ def gradient_kernel(
     for block in range(tl.program_id(0), tl.cdiv(num_positions, BLOCK), tl.num_programs(0)):
         position_B = block * BLOCK + tl.arange(0, BLOCK)
         is_there_B = position_B < num_positions
-        history_B = tl.load(histories + position_B, mask=is_there_B, other=0)
+        history_B = tl.load(histories + position_B, mask=is_there_B, other=-1)
+        has_grad_B = is_row(history_B, num_histories)
         weight_B = tl.load(weight + position_B, mask=is_there_B, other=0.0)
-        grad_BD = load_rows(grad, history_B, is_there_B & (history_B < num_histories), column_D, DIM, COLUMNS, WIDE)
+        grad_BD = load_rows(grad, tl.where(has_grad_B, history_B, 0), has_grad_B, column_D, DIM, COLUMNS, WIDE)
         key_BD = load_rows(key, position_B, is_there_B, column_D, DIM, COLUMNS, WIDE)
         dot_B = tl.sum(grad_BD * key_BD, axis=1)
         if SOFTMAX:

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ninerank.fusion.kernels.embedding_bag.triton import load_rows, store_rows
+from ninerank.fusion.kernels.embedding_bag.triton import holds, is_row, load_rows, store_rows
 from ninerank.fusion.kernels.jagged import history_of
 from ninerank.fusion.kernels.launch import Tile, is_wide, num_programs, on_device
 
@@ -30,8 +30,9 @@ def pair_kernel(
     for block in range(tl.program_id(0), tl.cdiv(num_positions, BLOCK), tl.num_programs(0)):
         position_B = block * BLOCK + tl.arange(0, BLOCK)
         is_there_B = position_B < num_positions
-        history_B = tl.load(histories + position_B, mask=is_there_B, other=0)
-        query_BD = load_rows(query, history_B, is_there_B & (history_B < num_histories), column_D, DIM, COLUMNS, WIDE)
+        history_B = tl.load(histories + position_B, mask=is_there_B, other=-1)
+        has_query_B = is_row(history_B, num_histories)
+        query_BD = load_rows(query, tl.where(has_query_B, history_B, 0), has_query_B, column_D, DIM, COLUMNS, WIDE)
         key_BD = load_rows(key, position_B, is_there_B, column_D, DIM, COLUMNS, WIDE)
         store_rows(out, 3 * position_B, is_there_B, column_D, query_BD, DIM, COLUMNS, WIDE)
         store_rows(out, 3 * position_B + 1, is_there_B, column_D, key_BD, DIM, COLUMNS, WIDE)
@@ -56,8 +57,9 @@ def key_grad_kernel(
     for block in range(tl.program_id(0), tl.cdiv(num_positions, BLOCK), tl.num_programs(0)):
         position_B = block * BLOCK + tl.arange(0, BLOCK)
         is_there_B = position_B < num_positions
-        history_B = tl.load(histories + position_B, mask=is_there_B, other=0)
-        query_BD = load_rows(query, history_B, is_there_B & (history_B < num_histories), column_D, DIM, COLUMNS, WIDE)
+        history_B = tl.load(histories + position_B, mask=is_there_B, other=-1)
+        has_query_B = is_row(history_B, num_histories)
+        query_BD = load_rows(query, tl.where(has_query_B, history_B, 0), has_query_B, column_D, DIM, COLUMNS, WIDE)
         of_key_BD = load_rows(grad, 3 * position_B + 1, is_there_B, column_D, DIM, COLUMNS, WIDE)
         of_product_BD = load_rows(grad, 3 * position_B + 2, is_there_B, column_D, DIM, COLUMNS, WIDE)
         store_rows(key_grad, position_B, is_there_B, column_D, of_key_BD + query_BD * of_product_BD, DIM, COLUMNS, WIDE)
@@ -85,8 +87,8 @@ def query_grad_kernel(
         length_B = tl.load(lengths + history_B, mask=is_history_B, other=0)
         total_BD = tl.zeros((BLOCK, COLUMNS), dtype=tl.float32)
         for i in range(tl.max(length_B, axis=0)):
-            is_there_B = i < length_B
-            position_B = start_B + i
+            is_there_B = holds(length_B, i)
+            position_B = tl.where(is_there_B, start_B + i, 0)
             key_BD = load_rows(key, position_B, is_there_B, column_D, DIM, COLUMNS, WIDE)
             total_BD += load_rows(grad, 3 * position_B, is_there_B, column_D, DIM, COLUMNS, WIDE)
             total_BD += key_BD * load_rows(grad, 3 * position_B + 2, is_there_B, column_D, DIM, COLUMNS, WIDE)

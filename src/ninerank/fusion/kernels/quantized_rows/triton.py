@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ninerank.fusion.kernels.embedding_bag.triton import is_row
 from ninerank.fusion.kernels.launch import Tile, is_wide, num_programs, on_device
 from ninerank.fusion.kernels.quantized_rows import HEADER_BYTES, code_bytes
 
@@ -37,7 +38,8 @@ def quantized_kernel(
         output_B = block * BLOCK + tl.arange(0, BLOCK)
         is_output_B = output_B < num_outputs
         row_B = tl.load(rows + output_B, mask=is_output_B, other=-1)
-        is_valid_B = is_output_B & (row_B >= 0) & (row_B < num_rows)
+        is_valid_B = is_row(row_B, num_rows)
+        row_B = tl.where(is_valid_B, row_B, 0)
         scale_B = tl.load(scale + output_B, mask=is_output_B, other=0.0)
         bias_B = tl.load(bias + output_B, mask=is_output_B, other=0.0)
         if WIDE:

@@ -1,0 +1,79 @@
+"""Every model of the registry, in the forms that differ in their operators, a spec with every kind of feature, and batches for it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ninerank.features.batch import Batch, Block, KeyedJagged
+from ninerank.features.spec import Bucketize, FeatureSpec, Hashed, IdFeature, NumericFeature, SequenceFeature, Side
+from ninerank.towers.config import ModelConfig, parse_model
+from ninerank.towers.registry import model_names
+
+__all__ = ["SPEC", "batch", "models"]
+
+MLP = {"hidden": [24, 16]}
+# Beside each model as it is by default: what else can be chosen in it.
+FORMS: dict[str, dict[str, Any]] = {
+    "dnn, norm, dropout, gelu": {"name": "dnn", "mlp": {**MLP, "batch_norm": True, "dropout": 0.1, "activation": "gelu"}},
+    "dnn, prelu": {"name": "dnn", "mlp": {**MLP, "activation": "prelu"}},
+    "dcnv2, low rank": {"name": "dcnv2", "low_rank": 4, "mlp": MLP},
+    "dcnv2, stacked": {"name": "dcnv2", "structure": "stacked", "mlp": MLP},
+    "din, softmax": {"name": "din", "softmax": True, "attention_activation": "prelu"},
+    "din, mean": {"name": "din", "attention": "mean"},
+}
+_ITEMS = Hashed(num_buckets=300)
+SPEC = FeatureSpec(
+    labels=("click", "buy"),
+    features=(
+        IdFeature(name="user", role="user", encoding=Hashed(num_buckets=200)),
+        IdFeature(name="item", role="item", encoding=_ITEMS),
+        IdFeature(name="last_item", role="user", encoding=_ITEMS, table="item"),
+        IdFeature(name="hour", role="context", encoding=Hashed(num_buckets=24)),
+        IdFeature(name="interests", role="user", encoding=Hashed(num_buckets=30), multi=True, pooling="mean", max_length=5),
+        IdFeature(name="tags", role="item", encoding=Hashed(num_buckets=40), multi=True, pooling="sum", max_length=4),
+        SequenceFeature(name="recent", role="user", of="item", max_length=6),
+        SequenceFeature(name="similar", role="item", of="item", max_length=3),
+        NumericFeature(name="age", role="user", transform=Bucketize(num_buckets=3, boundaries=(20.0, 40.0))),
+        NumericFeature(name="income", role="user"),
+        NumericFeature(name="price", role="item"),
+    ),
+)
+
+
+def models() -> Iterator[tuple[str, ModelConfig]]:
+    """Name and configuration of all of them."""
+    for name in model_names():
+        yield name, parse_model({"name": name})
+    for form, mapping in FORMS.items():
+        yield form, parse_model(mapping)
+
+
+def batch(num_rows: int, *, num_requests: int | None = None, seed: int = 0) -> Batch:
+    """Random rows on the host: a training batch, or with `num_requests` a rank call."""
+    draw = torch.Generator().manual_seed(seed)
+    user_row_B = None if num_requests is None else torch.randint(0, num_requests, (num_rows,), generator=draw)
+    request, item = _block("request", num_rows if num_requests is None else num_requests, draw), _block("item", num_rows, draw)
+    if num_requests is not None:
+        return Batch(request, item, user_row_B)
+    label_BT = torch.randint(0, 2, (num_rows, len(SPEC.labels)), generator=draw).float()
+    return Batch(request, item, None, label_BT, torch.rand(num_rows, generator=draw))
+
+
+def _block(side: Side, num_rows: int, draw: torch.Generator) -> Block:
+    return Block(
+        _ids(SPEC.single_keys(side), num_rows, None, draw),
+        _ids(SPEC.bag_keys(side), num_rows, 3, draw),
+        _ids(SPEC.sequence_keys(side), num_rows, 3, draw),
+        torch.randn(num_rows, len(SPEC.dense_keys(side)), generator=draw),
+    )
+
+
+def _ids(keys: tuple[str, ...], num_rows: int, most: int | None, draw: torch.Generator) -> KeyedJagged:
+    """`most` None gives exactly one id a row, else none to `most`."""
+    count = len(keys) * num_rows
+    lengths = torch.ones(count, dtype=torch.int64) if most is None else torch.randint(0, most + 1, (count,), generator=draw)
+    sizes = torch.tensor([SPEC.tables[str(SPEC.table_of(key))].num_rows for key in keys], dtype=torch.float64)
+    size_N = sizes.repeat_interleave(num_rows).repeat_interleave(lengths)
+    values = (torch.rand(size_N.numel(), generator=draw, dtype=torch.float64) * size_N).to(torch.int64)
+    return KeyedJagged(keys, values, None if most is None else lengths, num_rows)
