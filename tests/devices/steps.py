@@ -1,7 +1,7 @@
 """Training steps and predictor's forwards on a device that is not there, by the code that runs where it is.
 
-The step is `Trainer.step` itself, on a model built on the device; the forward is the engine's: lookup of a rank call, dense graph of the
-bundle, sigmoid; and the same from sides, where the compiler starts.
+The step is `Trainer.step` itself, on a model built on the device; the forward is the engine's: lookup of a rank call, graph of the
+bundle before and after the compiler, sigmoid.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,10 +16,12 @@ from tracing import Watch, watching
 from ninerank.device import BACKENDS, Device
 from ninerank.embedding.collection import EmbeddingCollection, EmbeddingConfig
 from ninerank.features.batch import Batch, Block, KeyedJagged
-from ninerank.predictor.graph import DenseGraph, build_graph, export_graph
-from ninerank.towers.model import RankingModel, TowerShape
-from ninerank.towers.registry import ModelConfig, build_model, build_tower
-from ninerank.towers.sides import SidedTower
+from ninerank.fusion.capture import capture
+from ninerank.fusion.compile import compile_graph
+from ninerank.predictor.graph import build_graph, describe_graph
+from ninerank.towers.model import RankingModel
+from ninerank.towers.registry import ModelConfig, build_model, model_names
+from ninerank.towers.sides import SidedTower, graph_inputs
 from ninerank.training.loss import check_task_weights
 from ninerank.training.optimizer import ModelOptimizer
 from ninerank.training.processes import Processes
@@ -75,26 +77,31 @@ def train(step: Step, device_type: str, change: Callable[[nn.Module], nn.Module]
 
 
 def forward(name: str, config: ModelConfig, device_type: str) -> Watch:
-    """The predictor's forward of one rank call, from a bundle's graph and, for compilers, from sides; no gradient."""
+    """The predictor's forward of a rank call: the graph as captured and, of models in their usual form, as compiled for a bundle."""
     host = batch(ROWS, num_requests=REQUESTS)
-    embedding = EmbeddingConfig()
+    embedding, groups = EmbeddingConfig(), tuple(config.groups(len(SPEC.labels)))
     model = build_model(config, SPEC, embedding, seed=0).eval()
-    graph = export_graph(model.tower, model.embedding(host))
+    sequences = SPEC.sequence_keys("request")
+    inputs = graph_inputs(model.embedding.sides(host), sequences)
+    source = capture(SidedTower(model.tower, groups, sequences).eval(), inputs)
+    graphs = [describe_graph(source)]
+    if device_type == "npu" and name in model_names():  # compiling takes seconds
+        graphs.append(describe_graph(compile_graph(source).module))
     device = torch.device(device_type, 0)
     with watching(device_type) as watch, torch.no_grad():
         with watch.paused():
-            weights = {key: watch.fake(tensor) for key, tensor in graph.weights.items()}
-            dense_graph = build_graph(DenseGraph(graph.text, weights), device)
-            groups = config.groups(len(SPEC.labels))
+            built = [build_graph(replace(graph, weights=_faked(graph.weights, watch)), device) for graph in graphs]
             with device:
-                tables = {group: torch.empty(model.embedding.layout.total_rows, dim) for group, dim in groups.items()}
+                tables = {name: torch.empty(model.embedding.layout.total_rows, group.dim) for name, group in model.embedding.named_groups()}
                 collection = EmbeddingCollection.of_tables(SPEC, tables, embedding).eval()
-                sided = SidedTower(build_tower(config, TowerShape.of(SPEC), seed=0).eval(), tuple(groups), SPEC.sequence_keys("request"))
-        on_device = tree_of(host, watch.fake).to(device)
-        inputs = collection(on_device)
-        torch.sigmoid(dense_graph(*[inputs[key] for key in graph.inputs]).to(torch.float32))
-        torch.sigmoid(sided(collection.sides(on_device)))
+        sides = collection.sides(tree_of(host, watch.fake).to(device))
+        for graph in built:
+            torch.sigmoid(graph(*[sides[given.name] for given in inputs]).to(torch.float32))
     return watch
+
+
+def _faked(tensors: dict[str, Tensor], watch: Watch) -> dict[str, Tensor]:
+    return {name: watch.fake(tensor) for name, tensor in tensors.items()}
 
 
 def _trainer(recipe: Recipe, model: RankingModel, device_type: str) -> Trainer:
