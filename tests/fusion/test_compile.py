@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -23,16 +23,17 @@ from ninerank.towers.registry import build_tower
 from ninerank.towers.sides import SidedTower
 
 MODELS = ("lr", "fm", "dnn", "deepfm", "dcnv2", "dlrm", "din")
+INTERACTIONS = ("xdeepfm", "fibinet", "autoint", "masknet", "mmoe", "ple")
 aten = torch.ops.aten
 
 
 class Drawn:
     """A random model over random fields, sequences and numbers of both sides, captured."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, models: Sequence[str] = MODELS) -> None:
         self.rng = rng = random.Random(seed)
-        name = MODELS[seed % len(MODELS)]
-        least = 1 if name in ("din", "dlrm") else 0
+        name = models[seed % len(models)]
+        least = 1 if name in ("din", "dlrm", "fibinet") else 0
         self.fields = [rng.randint(least, 8), rng.randint(1, 8)]
         self.dense = [rng.choice([0, 1, 5]), rng.choice([0, 1, 4])]
         sequences = [f"seq{place}" for place in range(rng.randint(1 if name == "din" else 0, 2))]
@@ -76,6 +77,12 @@ class Drawn:
             "dcnv2": {**dim, **cross, "mlp": mlp()},
             "dlrm": {**dim, "bottom": mlp(hidden=[6]), "top": mlp()},
             "din": {**dim, **attention, **pooled, "mlp": mlp()},
+            "xdeepfm": {**dim, "cin": [rng.randint(1, 8) for _ in range(rng.randint(1, 3))], "mlp": mlp()},
+            "fibinet": {**dim, "bilinear": rng.choice(["all", "each", "interaction"]), "reduction": rng.randint(1, 4), "mlp": mlp()},
+            "autoint": {**dim, "layers": rng.randint(1, 2), "heads": rng.randint(1, 3), "head_dim": 4, "mlp": rng.choice([None, mlp()])},
+            "masknet": {**dim, "structure": rng.choice(["serial", "parallel"]), "blocks": [8, 12], "mlp": mlp()},
+            "mmoe": {**dim, "experts": rng.randint(1, 4), "expert": mlp(), "tower": mlp()},
+            "ple": {**dim, "levels": rng.randint(1, 2), "expert": mlp(), "tower": mlp()},
         }[name]
 
     def graph_inputs(self, sequences: list[str]) -> Iterator[GraphInput]:
@@ -147,11 +154,11 @@ def check_precomputed(drawn: Drawn, module: fx.GraphModule, seed: int) -> bool:
     return True
 
 
-def check_models(seeds: range) -> tuple[Counter[str], Counter[str]]:
+def check_models(seeds: range, models: Sequence[str] = MODELS) -> tuple[Counter[str], Counter[str]]:
     """Check models; returns on how many each pass fired, and on how many it did not pay."""
     fired, priced = Counter[str](), Counter[str]()
     for seed in seeds:
-        drawn = Drawn(seed)
+        drawn = Drawn(seed, models)
         compiled = compile_graph(drawn.graph, raise_wrong=True)
         check(drawn, compiled.module, seed)
         fired["(precomputed)"] += check_precomputed(drawn, compiled.module, seed)
@@ -170,6 +177,12 @@ def test_random_models_keep_their_scores() -> None:
     fired, _ = check_models(range(21))
     assert all(fired[own.name] >= 1 for own in PASSES), fired
     assert fired["(precomputed)"] >= 10
+
+
+@pytest.mark.parametrize("seeds", [range(6), pytest.param(range(6, 12), marks=pytest.mark.slow)], ids=["few", "more"])
+def test_random_models_of_interactions_masks_and_experts_keep_their_scores(seeds: range) -> None:
+    fired, _ = check_models(seeds, INTERACTIONS)
+    assert fired["hoist"] >= 3, fired
 
 
 FIRED = Counter[str]()
