@@ -54,7 +54,7 @@ def specimens(device_type: str) -> Iterator[Specimen]:
 
 
 def _gate_grad(dim: int, device_type: str) -> Specimen:
-    tile = Tile.of(dim, device_type)
+    tile = Tile.of(dim, device_type, many=True)
     names = ("grad", "x", "shift", "scale", "base", "slope", "x_grad", "sums")
     constants = {"DIM": dim, "BLOCK": tile.rows, "COLUMNS": tile.columns}
     return Specimen(f"sigmoid-gate-back-{dim}", gate_grad_kernel, {**_floats(*names), "num_rows": "i32"}, constants)

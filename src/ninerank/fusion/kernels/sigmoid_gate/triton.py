@@ -84,7 +84,7 @@ def backward(grad_ND: Tensor, x_ND: Tensor, shift_D: Tensor, scale_D: Tensor, ba
     x_grad_ND = torch.empty_like(x_ND)
     if x_ND.numel() == 0:
         return x_grad_ND, x_ND.new_zeros(4, dim)
-    tile = Tile.of(dim, x_ND.device.type)
+    tile = Tile.of(dim, x_ND.device.type, many=True)
     programs = num_programs(num_rows, tile, x_ND.device)
     sums_P4D = torch.empty(programs, 4, dim, device=x_ND.device)
     with on_device(x_ND.device):
