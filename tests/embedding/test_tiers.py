@@ -330,11 +330,11 @@ def test_sizes_and_settings_that_cannot_be() -> None:
         with pytest.raises(SpecError, match="a row and a group of dim 1 or more are needed"):
             TieredTable("item", num_rows, dims, TierConfig(cache_rows=3), seed=0)
     for config, message in (
-        ({"cache_rows": 0}, "tier.cache_rows"),
+        ({"cache_rows": 0}, "tier: cache_rows"),
         ({"cache_rows": 5, "placement": "disk"}, "needs a directory"),
         ({"cache_rows": 5, "directory": "/tmp/x"}, "belong to placement 'disk'"),
         ({"cache_rows": 5, "keep": True}, "belong to placement 'disk'"),
-        ({"cache_rows": 5, "decay": 0.0}, "tier.decay"),
+        ({"cache_rows": 5, "decay": 0.0}, "tier: decay"),
         ({"cache_row": 5}, "did you mean 'cache_rows'"),
     ):
         with pytest.raises(SpecError, match=message):
