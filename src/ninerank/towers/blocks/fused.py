@@ -8,4 +8,6 @@ __all__ = ["takes_operator"]
 
 def takes_operator(module: nn.Module, x: Tensor) -> bool:
     """Whether a block trains through its fused operator: in full precision. What is exported is plain torch, which passes can read."""
-    return module.training and x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
+    is_full = x.dtype in (torch.float32, torch.float64)
+    # The meta device, on which shapes alone are traced, has no autocast to ask for.
+    return module.training and is_full and (x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type))
