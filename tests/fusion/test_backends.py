@@ -72,7 +72,7 @@ def test_backends_give_the_modules_scores(exported: tuple[nn.Module, fx.GraphMod
             torch.testing.assert_close(run(*inputs(*shape)), scores(module, inputs(*shape)), rtol=1e-5, atol=1e-6)
 
 
-needs_bf16 = pytest.mark.skipif(not backends._multiplies_bf16(), reason="this CPU has neither AMX nor AVX512-bf16")
+needs_bf16 = pytest.mark.skipif(not backends.multiplies_bf16(), reason="this CPU has neither AMX nor AVX512-bf16")
 
 
 @needs_bf16

@@ -15,7 +15,7 @@ from ninerank.embedding.collection import EmbeddingConfig
 from ninerank.errors import BundleError, DataError, DeviceError, RequestError
 from ninerank.features.spec import FeatureSpec
 from ninerank.features.transform import Transform
-from ninerank.fusion.backends import _multiplies_bf16
+from ninerank.fusion.backends import multiplies_bf16
 from ninerank.predictor.bundle import Bundle, Golden, export_bundle
 from ninerank.predictor.engine import Engine
 from ninerank.predictor.request import RankInput, record_batch
@@ -168,7 +168,7 @@ def test_backends_give_the_same_scores(engine: Engine, bundle_dir: Path, backend
     np.testing.assert_allclose(other.score(rows), engine.score(rows), atol=1e-6)
 
 
-@pytest.mark.skipif(not _multiplies_bf16(), reason="this CPU has neither AMX nor AVX512-bf16")
+@pytest.mark.skipif(not multiplies_bf16(), reason="this CPU has neither AMX nor AVX512-bf16")
 def test_bf16_is_held_to_its_budget(engine: Engine, bundle_dir: Path) -> None:
     bundle = Bundle.load(bundle_dir)
     rounded = Engine.load(bundle_dir, "cpu", precision="bf16")

@@ -264,10 +264,11 @@ class EmbeddingCollection(nn.Module):
         return inputs | {key: place for _, _, index in indices for key, place in index.places().items()}
 
     def _checked(self, batch: Batch, check: bool) -> Batch:
-        batch = self.prepare(batch)
-        if check and batch.item.dense_RF.device.type == "cpu":
+        ready = self.prepare(batch)
+        # What `prepare` has just made, it has checked.
+        if check and ready is batch and batch.item.dense_RF.device.type == "cpu":
             self.check(batch)
-        return batch
+        return ready
 
     def _indices(self, batch: Batch, length: SequenceLength, *, apart: bool = False) -> list[tuple[str | None, Part, BatchIndex]]:
         """Every part with its index of the batch; None names the part of the static tables."""

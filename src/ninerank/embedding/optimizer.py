@@ -6,7 +6,7 @@ then each storage is updated in one fused pass (`fusion.kernels.embedding_update
 Shape legend: V rows of a group, K touched rows, T tables, D embedding dim.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal, Protocol
 
 import torch
@@ -63,6 +63,18 @@ class SparseOptimizerConfig(Config):
         """The rule with its settings, the defaults of its own where none is given."""
         return row_optimizers()[self.kind](**self._settings())
 
+    def lr_of(self, table: str) -> float:
+        """Learning rate of a table."""
+        return self.table_lr.get(table, self.lr)
+
+    def check_tables(self, tables: Collection[str]) -> None:
+        """Raise SpecError for a learning rate of a table that is none of these, or that is no finite number above 0."""
+        for table, lr in self.table_lr.items():
+            if table not in tables:
+                raise SpecError(f"table_lr: unknown table {table!r}; {nearest(table, tables)}")
+            if not 0.0 < lr < float("inf"):
+                raise SpecError(f"table_lr: {table} = {lr}; a finite number above 0 is needed")
+
 
 class SparseOptimizer:
     """Applies the gradients that backward passes left in a sparse collection.
@@ -74,12 +86,7 @@ class SparseOptimizer:
     def __init__(self, collection: EmbeddingCollection, config: SparseOptimizerConfig) -> None:
         if collection.config.mode != "sparse":
             raise SpecError(f"a sparse optimizer needs embedding mode 'sparse', this collection's is {collection.config.mode!r}")
-        known = (*collection.layout.names, *collection.managed)
-        for table, lr in config.table_lr.items():
-            if table not in known:
-                raise SpecError(f"table_lr: unknown table {table!r}; {nearest(table, known)}")
-            if not 0.0 < lr < float("inf"):
-                raise SpecError(f"table_lr: {table} = {lr}; a finite number above 0 is needed")
+        config.check_tables((*collection.layout.names, *collection.managed))
         self.config = config
         self.lr_scale = 1.0
         self._rule = config.rule
@@ -89,13 +96,10 @@ class SparseOptimizer:
         device = self._groups[0][1].storage.device if self._groups else torch.device("cpu")
         self._device = device
         self._first_row_T = torch.tensor(layout.offsets, dtype=torch.int64, device=device)
-        self._lr_T = torch.tensor([self._lr_of(name) for name in layout.names], dtype=torch.float32, device=device)
+        self._lr_T = torch.tensor([config.lr_of(name) for name in layout.names], dtype=torch.float32, device=device)
         self._state = {name: self._new_state(group) for name, group in self._groups}
         for name, managed in self._managed.items():
-            managed.train_with(self._rule, self._lr_of(name))
-
-    def _lr_of(self, table: str) -> float:
-        return self.config.table_lr.get(table, self.config.lr)
+            managed.train_with(self._rule, config.lr_of(name))
 
     def _new_state(self, group: TableGroup) -> dict[str, Tensor]:
         lr_R = self._lr_T[:1]

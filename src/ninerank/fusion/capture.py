@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from ninerank.errors import BundleError
 from ninerank.fusion.roles import Role
 
-__all__ = ["REQUESTS", "ROWS", "GraphInput", "add_weight", "capture", "inputs_of"]
+__all__ = ["REQUESTS", "ROWS", "GraphInput", "add_weight", "capture", "inputs_of", "weight_of"]
 
 REQUESTS, ROWS = "U", "B"
 MAX_SIZE = 2**31 - 1
@@ -94,6 +94,16 @@ def add_weight(module: nn.Module, name: str, tensor: Tensor) -> str:
         module = child
     module.register_buffer(last, tensor)
     return unique
+
+
+def weight_of(module: nn.Module, name: str) -> Tensor:
+    """The weight under a dotted name; raises BundleError for what is no tensor."""
+    value: Any = module
+    for part in name.split("."):
+        value = getattr(value, part)
+    if not isinstance(value, Tensor):
+        raise BundleError(f"the graph reads {name}, which is {type(value).__name__} and no tensor")
+    return value
 
 
 def _is_taken(module: nn.Module, name: str) -> bool:

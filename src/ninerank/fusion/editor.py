@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from ninerank.fusion.capture import REQUESTS, ROWS, add_weight, inputs_of
+from ninerank.fusion.capture import REQUESTS, ROWS, add_weight, inputs_of, weight_of
 from ninerank.fusion.roles import colour, joined_role
 
 __all__ = ["Editor", "is_random", "named_sizes", "size_names"]
@@ -62,7 +62,7 @@ class Editor:
             with self._mode:
                 node.meta["val"] = torch.empty(given.shape(self.sizes), dtype=given.dtype)
         elif node.op == "get_attr":
-            node.meta["val"] = self._mode.from_tensor(self._weight(node), static_shapes=True)
+            node.meta["val"] = self._mode.from_tensor(weight_of(self.module, str(node.target)), static_shapes=True)
         elif node.op == "call_function":
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda other: other.meta["val"])
             target: Any = node.target
@@ -71,13 +71,6 @@ class Editor:
         elif node.op == "call_method":
             tensor, *rest = fx.map_arg(node.args, lambda other: other.meta["val"])
             node.meta["val"] = getattr(tensor, str(node.target))(*rest)
-
-    def _weight(self, node: fx.Node) -> Tensor:
-        value: Any = self.module
-        for part in str(node.target).split("."):
-            value = getattr(value, part)
-        assert isinstance(value, Tensor)
-        return value
 
     def calls(self, *targets: Any) -> Iterator[fx.Node]:
         """Nodes that call one of these operators, in order; those that passes put in meanwhile are left out."""
@@ -95,7 +88,7 @@ class Editor:
 
     def constant(self, node: object) -> Tensor | None:
         """The weight that a node reads; None for any other node."""
-        return self._weight(node) if isinstance(node, fx.Node) and node.op == "get_attr" else None
+        return weight_of(self.module, str(node.target)) if isinstance(node, fx.Node) and node.op == "get_attr" else None
 
     @contextmanager
     def before(self, node: fx.Node) -> Iterator[None]:

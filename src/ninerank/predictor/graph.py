@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ninerank.errors import BundleError
-from ninerank.fusion.capture import GraphInput, add_weight, capture, inputs_of
+from ninerank.fusion.capture import GraphInput, add_weight, capture, inputs_of, weight_of
 from ninerank.fusion.roles import Role
 
 __all__ = ["DenseGraph", "build_graph", "describe_graph", "export_graph"]
@@ -73,7 +73,7 @@ def describe_graph(module: fx.GraphModule) -> DenseGraph:
         elif node.op == "get_attr":
             name = str(node.target)
             references[node.name] = {"weight": name}
-            weights[name] = _attribute(module, name).detach().to("cpu").contiguous()
+            weights[name] = weight_of(module, name).detach().to("cpu").contiguous()
         elif node.op == "call_function":
             references[node.name] = {"ref": node.name}
             nodes.append(
@@ -91,14 +91,6 @@ def describe_graph(module: fx.GraphModule) -> DenseGraph:
     inputs = [_describe_input(given) for given in inputs_of(module)]
     text = json.dumps({"format": FORMAT, "inputs": inputs, "nodes": nodes, "output": output}, indent=1, allow_nan=False)
     return DenseGraph(text, weights)
-
-
-def _attribute(module: nn.Module, name: str) -> Tensor:
-    value: Any = module
-    for part in name.split("."):
-        value = getattr(value, part)
-    assert isinstance(value, Tensor)
-    return value
 
 
 def _describe_input(given: GraphInput) -> dict[str, Any]:

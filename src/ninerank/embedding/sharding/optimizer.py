@@ -18,7 +18,6 @@ from ninerank.embedding.shard import Shard, absent
 from ninerank.embedding.sharding.collection import ShardedEmbeddingCollection
 from ninerank.embedding.sharding.exchange import gather_rows, global_sum
 from ninerank.embedding.sharding.storage import BlockStorage
-from ninerank.errors import SpecError, nearest
 from ninerank.fusion.kernels.embedding_update import RowOptimizer, RowwiseAdagrad
 from ninerank.fusion.lookup import LookupGrad
 
@@ -43,12 +42,7 @@ class ShardedOptimizer:
     """Same surface as `SparseOptimizer`; every method is a collective call unless it says otherwise."""
 
     def __init__(self, collection: ShardedEmbeddingCollection, config: SparseOptimizerConfig) -> None:
-        tables = [placed.table for placed in collection.plan.placed]
-        for table, lr in config.table_lr.items():
-            if table not in tables:
-                raise SpecError(f"table_lr: unknown table {table!r}; {nearest(table, tables)}")
-            if not 0.0 < lr < float("inf"):
-                raise SpecError(f"table_lr: {table} = {lr}; a finite number above 0 is needed")
+        config.check_tables([placed.table for placed in collection.plan.placed])
         self.config = config
         self.lr_scale = 1.0
         self._rule = config.rule
@@ -56,10 +50,7 @@ class ShardedOptimizer:
         self._placed = collection.plan.placed
         self._device = collection.device
         self._world_size = collection.plan.world_size
-        self._lr_T = [
-            torch.tensor([config.table_lr.get(held.table, config.lr) for held in storage.held], device=self._device)
-            for storage in self._storages
-        ]
+        self._lr_T = [torch.tensor([config.lr_of(held.table) for held in storage.held], device=self._device) for storage in self._storages]
         self._state = [self._new_state(storage, lr_T) for storage, lr_T in zip(self._storages, self._lr_T, strict=True)]
         self._is_exchanged = False
 

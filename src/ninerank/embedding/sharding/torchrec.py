@@ -153,22 +153,25 @@ def _checked(table: Any, held: Held) -> Held:
     return held
 
 
-class _PooledLookup(GroupedPooledEmbeddingsLookup):  # type: ignore[misc]
+class _OurLookup:
+    """Gives TorchRec's lookups our kernel."""
+
+    kernel: type[_Kernel]
+
     def __init__(self, configs: list[GroupedEmbeddingConfig], make: MakeStorage, held: Mapping[str, Held], **arguments: Any) -> None:
         self._make, self._held = make, held
-        super().__init__(configs, **arguments)
+        super().__init__(configs, **arguments)  # type: ignore[call-arg]
 
     def _create_embedding_kernel(self, config: GroupedEmbeddingConfig, *_: Any) -> nn.Module:
-        return _PooledKernel(config, self._make, self._held)
+        return self.kernel(config, self._make, self._held)
 
 
-class _EachLookup(GroupedEmbeddingsLookup):  # type: ignore[misc]
-    def __init__(self, configs: list[GroupedEmbeddingConfig], make: MakeStorage, held: Mapping[str, Held], **arguments: Any) -> None:
-        self._make, self._held = make, held
-        super().__init__(configs, **arguments)
+class _PooledLookup(_OurLookup, GroupedPooledEmbeddingsLookup):  # type: ignore[misc]
+    kernel = _PooledKernel
 
-    def _create_embedding_kernel(self, config: GroupedEmbeddingConfig, *_: Any) -> nn.Module:
-        return _EachKernel(config, self._make, self._held)
+
+class _EachLookup(_OurLookup, GroupedEmbeddingsLookup):  # type: ignore[misc]
+    kernel = _EachKernel
 
 
 class _Bags(ShardedEmbeddingBagCollection):  # type: ignore[misc]
@@ -209,11 +212,13 @@ class _Each(ShardedEmbeddingCollection):  # type: ignore[misc]
         """See `_Bags`."""
 
 
-class BagSharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]
-    """Shards bags over our lookups, row-wise on every kind of device."""
+class _OurSharder:
+    """Shards over our lookups, row-wise on every kind of device; without `make` it serves planning alone."""
+
+    sharded: type[_Bags] | type[_Each]
 
     def __init__(self, make: MakeStorage | None, held: Mapping[str, Held], codecs: Any) -> None:
-        super().__init__(qcomm_codecs_registry=codecs)
+        super().__init__(qcomm_codecs_registry=codecs)  # type: ignore[call-arg]
         self._make, self._held = make, held
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
@@ -222,29 +227,19 @@ class BagSharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
         return _compute_kernels(sharding_type)
 
-    def shard(self, module: Any, params: Any, env: ShardingEnv, device: torch.device | None = None, module_fqn: str | None = None) -> _Bags:
+    def shard(self, module: Any, params: Any, env: ShardingEnv, device: torch.device | None = None, module_fqn: str | None = None) -> Any:
         assert self._make is not None, "this sharder only plans"
         arguments = {"table_name_to_parameter_sharding": params, "env": env, "device": device, "module_fqn": module_fqn}
-        return _Bags(self._make, self._held, module=module, qcomm_codecs_registry=self.qcomm_codecs_registry, **arguments)
+        codecs: Any = self.qcomm_codecs_registry  # type: ignore[attr-defined]
+        return self.sharded(self._make, self._held, module=module, qcomm_codecs_registry=codecs, **arguments)
 
 
-class EachSharder(EmbeddingCollectionSharder):  # type: ignore[misc]
-    """Shards unpooled embeddings over our lookups."""
+class BagSharder(_OurSharder, EmbeddingBagCollectionSharder):  # type: ignore[misc]
+    sharded = _Bags
 
-    def __init__(self, make: MakeStorage | None, held: Mapping[str, Held], codecs: Any) -> None:
-        super().__init__(qcomm_codecs_registry=codecs)
-        self._make, self._held = make, held
 
-    def sharding_types(self, compute_device_type: str) -> list[str]:
-        return KINDS
-
-    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
-        return _compute_kernels(sharding_type)
-
-    def shard(self, module: Any, params: Any, env: ShardingEnv, device: torch.device | None = None, module_fqn: str | None = None) -> _Each:
-        assert self._make is not None, "this sharder only plans"
-        arguments = {"table_name_to_parameter_sharding": params, "env": env, "device": device, "module_fqn": module_fqn}
-        return _Each(self._make, self._held, module=module, qcomm_codecs_registry=self.qcomm_codecs_registry, **arguments)
+class EachSharder(_OurSharder, EmbeddingCollectionSharder):  # type: ignore[misc]
+    sharded = _Each
 
 
 def _compute_kernels(sharding_type: str) -> list[str]:

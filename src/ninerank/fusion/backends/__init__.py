@@ -22,7 +22,7 @@ from ninerank.fusion.backends.onednn import has_packed_linear, pack_linears
 from ninerank.fusion.backends.script import script
 from ninerank.fusion.capture import GraphInput, inputs_of
 
-__all__ = ["AUTO", "BACKENDS", "Precision", "Runner", "lower"]
+__all__ = ["AUTO", "BACKENDS", "Precision", "Runner", "lower", "multiplies_bf16"]
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def lower(
     name = backend if backend != AUTO else "script" if device.type == "cpu" else "eager"
     if name == "script" and device.type != "cpu":
         raise DeviceError(f"backend 'script' runs on cpu, not on {device.type}; {nearest(backend, [b for b in BACKENDS if b != 'script'])}")
-    if precision == "bf16" and not (name == "script" and has_packed_linear() and _multiplies_bf16()):
+    if precision == "bf16" and not (name == "script" and has_packed_linear() and multiplies_bf16()):
         raise DeviceError(f"precision 'bf16' needs backend 'script' on a CPU with AMX or AVX512-bf16; here it is {name!r} on {device.type}")
     if backend == AUTO:
         log.info("graph runs by %s, precision %s", name, precision)
@@ -89,7 +89,8 @@ def lower(
     return Runner(name, precision, inputs, run, run_one, place or 0)
 
 
-def _multiplies_bf16() -> bool:
+def multiplies_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 (AMX or AVX512-bf16)."""
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from torch.jit._fuser import optimized_execution
 
 from ninerank.errors import BundleError
+from ninerank.fusion.capture import weight_of
 
 __all__ = ["ScriptRunner", "script"]
 
@@ -66,7 +67,7 @@ def script(module: fx.GraphModule) -> ScriptRunner:
             inputs.append(names[node])
         elif node.op == "get_attr":
             names[node] = f"weight_{len(weights)}"
-            weights[names[node]] = _attribute(module, node.target)
+            weights[names[node]] = weight_of(module, node.target).detach()
         elif node.op == "call_function":
             names[node] = f"{_plain(node.name)}_"
             lines.append(f"    {names[node]} = {_expression(node, names)}")
@@ -90,15 +91,6 @@ def _plain(name: str) -> str:
     if not _NAME.fullmatch(name) or keyword.iskeyword(name):
         raise BundleError(f"{name!r} is no name of a node")
     return name
-
-
-def _attribute(module: fx.GraphModule, target: str) -> Tensor:
-    value: Any = module
-    for part in target.split("."):
-        value = getattr(value, part)
-    if not isinstance(value, Tensor):
-        raise BundleError(f"the graph reads {target}, which is {type(value).__name__} and no tensor")
-    return value.detach()
 
 
 def _expression(node: fx.Node, names: dict[fx.Node, str]) -> str:

@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from ninerank.fusion.capture import weight_of
+
 __all__ = ["constant_of"]
 
 
@@ -11,7 +13,4 @@ def constant_of(module: fx.GraphModule, argument: Any) -> Tensor | None:
     """The tensor that a node reads from the module; None for anything else."""
     if not isinstance(argument, fx.Node) or argument.op != "get_attr":
         return None
-    value: Any = module
-    for part in str(argument.target).split("."):
-        value = getattr(value, part)
-    return value.detach() if isinstance(value, Tensor) else None
+    return weight_of(module, str(argument.target)).detach()
