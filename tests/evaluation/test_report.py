@@ -3,6 +3,8 @@
 import math
 import re
 from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -162,3 +164,18 @@ def test_nothing_to_draw_says_so() -> None:
     assert "needs rows" in calibration_chart(Quality().buckets(), root=False)
     assert "needs rows" in histogram_chart(ScoreHistogram().between, 1, root=False)
     assert "needs rows of both classes" in roc_chart(AUC().curve(), math.nan)
+
+
+@pytest.mark.browser
+def test_a_browser_shows_the_page_whole(browser: Any, tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    path.write_text(evaluation_page(evaluation(quality(), HOSTILE)), encoding="utf-8")
+    browser.get(path.as_uri())
+    assert browser.get_log("browser") == []
+    charts = browser.find_elements("css selector", "svg[role=img]")
+    assert len(charts) == 3
+    assert all(chart.is_displayed() and chart.size["width"] > 200 for chart in charts)
+    width = browser.execute_script("return document.documentElement.scrollWidth - document.documentElement.clientWidth")
+    assert width == 0, "the page is wider than its window"
+    browser.set_window_size(420, 900)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= browser.execute_script("return innerWidth")
