@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from ninerank.errors import BundleError, DeviceError
 from ninerank.fusion import backends
 from ninerank.fusion.backends import onednn
+from ninerank.fusion.backends.copies import stands_for
 from ninerank.fusion.backends.script import script
 from ninerank.fusion.capture import REQUESTS, ROWS, GraphInput, capture
 from ninerank.fusion.single import single_request
@@ -159,3 +160,18 @@ def test_a_graph_that_the_automatic_choice_cannot_take_runs_all_the_same(caplog:
     assert run(torch.ones(3, 2)).tolist() == [2.0, 2.0, 2.0]
     with pytest.raises(BundleError, match="holds a string"):
         backends.lower(module, CPU, backend="script")
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bf16)])
+def test_a_lowered_graph_says_which_layers_its_nodes_stand_for(exported: tuple[nn.Module, fx.GraphModule], precision: str) -> None:
+    _, graph = exported
+    run = backends.lower(graph, CPU, backend="script", precision=precision)
+    known = {node.name for node in graph.graph.nodes}
+    of = {stands_for(node) for node in run.graph.graph.nodes} - {None}
+    assert of <= known
+    packed = [node for node in run.graph.graph.nodes if "mkldnn" in str(node.target)]
+    assert packed
+    layers = {node.name for node in graph.graph.nodes if node.target in (torch.ops.aten.relu.default, torch.ops.aten.sigmoid.default)}
+    assert "sigmoid" in layers & of
+    last = graph.graph.output_node().args[0]
+    assert stands_for(run.graph.graph.output_node().args[0]) == last.name

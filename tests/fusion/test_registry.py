@@ -73,3 +73,15 @@ def test_automatic_choice_is_logged_once(caplog: pytest.LogCaptureFixture, monke
             embedding_bag(WEIGHT, ROWS, None, 1)
         embedding_bag(WEIGHT, ROWS, None, 1, kernel="torch")
     assert [record.getMessage() for record in caplog.records] == ["operator embedding_bag on cpu: kernel numba (of numba, torch)"]
+
+
+def test_a_preferred_kernel_runs_where_it_can_and_in_its_thread_alone() -> None:
+    with registry.count_dispatches() as counts, registry.preferring("torch"):
+        embedding_bag(WEIGHT, ROWS, None, 1)
+        embedding_bag(WEIGHT, ROWS, None, 1, kernel="numba")  # what is asked for by name stays so
+        worker = threading.Thread(target=lambda: embedding_bag(WEIGHT, ROWS, None, 1))
+        worker.start()
+        worker.join()
+        with registry.preferring("triton"):
+            assert registry.choose("bag_entries", "cpu") is registry.choose("bag_entries", "cpu", "numba")
+    assert counts == {("embedding_bag", "torch"): 1, ("embedding_bag", "numba"): 2, ("bag_entries", "numba"): 2}

@@ -11,18 +11,20 @@ device multiplies it; whoever asks for it holds the scores to a budget.
 import logging
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, fx
 
 from ninerank.errors import BundleError, DeviceError, nearest
+from ninerank.fusion.backends.copies import own_copy
 from ninerank.fusion.backends.gates import fuse_gates
 from ninerank.fusion.backends.onednn import has_packed_linear, pack_linears
 from ninerank.fusion.backends.script import script
 from ninerank.fusion.capture import GraphInput, inputs_of
 
-__all__ = ["AUTO", "BACKENDS", "Precision", "Runner", "lower", "multiplies_bf16"]
+__all__ = ["AUTO", "BACKENDS", "Backend", "Precision", "Runner", "lower", "multiplies_bf16"]
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ class Runner:
     """A graph bound to a device: takes `inputs`, in their order, and returns logits_BT (float32).
 
     One request takes a graph of its own where there is one (`fusion.single`): what is the same for all candidates is broadcast.
+    graph, graph_one: what runs, for looking at it operator by operator; their nodes say what they stand for (`backends.copies`).
     """
 
     def __init__(
@@ -42,15 +45,37 @@ class Runner:
         backend: str,
         precision: Precision,
         inputs: Sequence[GraphInput],
-        run: Run,
-        run_one: Run,
-        request_input: int,
+        runs: tuple[Run, Run],
+        graphs: tuple[fx.GraphModule, fx.GraphModule],
     ) -> None:
         self.backend, self.precision, self.inputs = backend, precision, tuple(inputs)
-        self._run, self._run_one, self._request_input = run, run_one, request_input
+        self.graph, self.graph_one = graphs
+        self._run, self._run_one = runs
+        self._request_input = next((place for place, given in enumerate(inputs) if given.role == "request"), None)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        return (self._run_one if inputs[self._request_input].shape[0] == 1 else self._run)(*inputs)
+        return (self._run_one if self.is_one(inputs) else self._run)(*inputs)
+
+    def is_one(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether these are one request's, so that the graph for one runs."""
+        return self._request_input is not None and inputs[self._request_input].shape[0] == 1
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What runs graphs on a kind of device.
+
+    prepare: the graph as this backend wants it, a copy, for a precision and for one request or many. bind: what runs it on a device.
+    device_types: where it runs, empty for everywhere.
+    """
+
+    bind: Callable[[fx.GraphModule, torch.device], Run]
+    prepare: Callable[[fx.GraphModule, Precision, bool], fx.GraphModule]
+    device_types: tuple[str, ...] = ()
+
+    def obstacle(self, device_type: str) -> str | None:
+        """Why it cannot run on `device_type`; None where it can."""
+        return f"runs on {', '.join(self.device_types)}" if self.device_types and device_type not in self.device_types else None
 
 
 def lower(
@@ -69,24 +94,31 @@ def lower(
     """
     if backend != AUTO and backend not in BACKENDS:
         raise DeviceError(f"unknown backend {backend!r}; {nearest(backend, [AUTO, *BACKENDS])}")
-    name = backend if backend != AUTO else "script" if device.type == "cpu" else "eager"
-    if name == "script" and device.type != "cpu":
-        raise DeviceError(f"backend 'script' runs on cpu, not on {device.type}; {nearest(backend, [b for b in BACKENDS if b != 'script'])}")
+    name = backend if backend != AUTO else AUTOMATIC.get(device.type, "eager")
+    obstacle = BACKENDS[name].obstacle(device.type)
+    if obstacle is not None:
+        there = [other for other, own in BACKENDS.items() if own.obstacle(device.type) is None]
+        raise DeviceError(f"backend {name!r} {obstacle}, not on {device.type}; {nearest(backend, there)}")
     if precision == "bf16" and not (name == "script" and has_packed_linear() and multiplies_bf16()):
         raise DeviceError(f"precision 'bf16' needs backend 'script' on a CPU with AMX or AVX512-bf16; here it is {name!r} on {device.type}")
     if backend == AUTO:
         log.info("graph runs by %s, precision %s", name, precision)
-    inputs = inputs_of(module)
-    place = next((place for place, given in enumerate(inputs) if given.role == "request"), None)
     try:
-        run = BACKENDS[name](module, precision, False)
-        run_one = run if one is None or one is module or place is None else BACKENDS[name](one, precision, True)
+        graph, run = _bound(BACKENDS[name], module, device, precision, False)
+        graph_one, run_one = (graph, run) if one is None or one is module else _bound(BACKENDS[name], one, device, precision, True)
     except BundleError as error:
         if backend != AUTO or precision != "fp32":
             raise
         log.warning("backend %s cannot take this graph (%s): it runs operator by operator, which is slower", name, error)
         return lower(module, device, one=one, backend="eager")
-    return Runner(name, precision, inputs, run, run_one, place or 0)
+    return Runner(name, precision, inputs_of(module), (run, run_one), (graph, graph_one))
+
+
+def _bound(
+    backend: Backend, module: fx.GraphModule, device: torch.device, precision: Precision, one_request: bool
+) -> tuple[fx.GraphModule, Run]:
+    graph = backend.prepare(module, precision, one_request)
+    return graph, backend.bind(graph, device)
 
 
 def multiplies_bf16() -> bool:
@@ -94,32 +126,37 @@ def multiplies_bf16() -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
-def _eager(module: fx.GraphModule, precision: Precision, one_request: bool) -> Run:
+def _eager(module: fx.GraphModule, device: torch.device) -> Run:
     return module
 
 
-def _inductor(module: fx.GraphModule, precision: Precision, one_request: bool) -> Run:
+def _inductor(module: fx.GraphModule, device: torch.device) -> Run:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Inductor imports what torch itself calls deprecated
         run: Run = torch.compile(module, dynamic=True)
     return run
 
 
-def _script(module: fx.GraphModule, precision: Precision, one_request: bool) -> Run:
-    module = _copy(module)
-    fuse_gates(module)
-    if has_packed_linear():
-        pack_linears(module, bf16=precision == "bf16", one_request=one_request)
+def _script(module: fx.GraphModule, device: torch.device) -> Run:
     return script(module)
 
 
-def _copy(module: fx.GraphModule) -> fx.GraphModule:
-    """A graph of its own over the same weights."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in module.graph.nodes:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-    return fx.GraphModule(module, graph, "Packed").eval()
+def _as_it_is(module: fx.GraphModule, precision: Precision, one_request: bool) -> fx.GraphModule:
+    return own_copy(module)
 
 
-BACKENDS: dict[str, Callable[[fx.GraphModule, Precision, bool], Run]] = {"script": _script, "inductor": _inductor, "eager": _eager}
+def _packed(module: fx.GraphModule, precision: Precision, one_request: bool) -> fx.GraphModule:
+    module = own_copy(module)
+    fuse_gates(module)
+    if has_packed_linear():
+        pack_linears(module, bf16=precision == "bf16", one_request=one_request)
+    return module
+
+
+BACKENDS = {
+    "script": Backend(_script, _packed, ("cpu",)),
+    "inductor": Backend(_inductor, _as_it_is, ("cpu", "cuda")),
+    "eager": Backend(_eager, _as_it_is),
+}
+# What `auto` takes, by kind of device.
+AUTOMATIC = {"cpu": "script"}

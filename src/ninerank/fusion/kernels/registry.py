@@ -16,6 +16,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch.nn import Parameter
 
 from ninerank.errors import DeviceError, nearest
 
-__all__ = ["AUTO", "Kernel", "available", "choose", "count_dispatches", "is_plain", "register"]
+__all__ = ["AUTO", "Kernel", "available", "choose", "count_dispatches", "is_plain", "preferring", "register"]
 
 AUTO = "auto"
 
@@ -62,6 +63,7 @@ _kernels: dict[str, list[Kernel]] = {}
 _chosen: dict[tuple[str, str, str], tuple[Kernel, Callable[..., Any]]] = {}
 _counters: list[Counter[tuple[str, str]]] = []
 _lock = threading.Lock()
+_preferred: ContextVar[str | None] = ContextVar("preferred", default=None)
 
 
 def register(kernel: Kernel) -> None:
@@ -83,6 +85,9 @@ def choose(operator: str, device_type: str, name: str = AUTO) -> Callable[..., A
 
     Raises DeviceError for a name that is unknown or cannot run there, naming those that can.
     """
+    preferred = _preferred.get()
+    if preferred is not None and name == AUTO and preferred in available(operator, device_type):
+        name = preferred
     key = (operator, device_type, name)
     found = _chosen.get(key)
     if found is None:
@@ -95,6 +100,20 @@ def choose(operator: str, device_type: str, name: str = AUTO) -> Callable[..., A
             for counter in _counters:
                 counter[operator, kernel.name] += 1
     return function
+
+
+@contextmanager
+def preferring(name: str) -> Iterator[None]:
+    """In this thread let `auto` take the kernel `name` of every operator that has it and can run it.
+
+    >>> with preferring("torch"):
+    ...     pass
+    """
+    token = _preferred.set(name)
+    try:
+        yield
+    finally:
+        _preferred.reset(token)
 
 
 def is_plain(tensor: Tensor) -> bool:
