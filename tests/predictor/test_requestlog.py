@@ -12,7 +12,7 @@ import pytest
 
 from ninerank.errors import DataError
 from ninerank.predictor.engine import Engine
-from ninerank.predictor.requestlog import LogConfig, LoggedRequest, RequestLog, read_log
+from ninerank.predictor.requestlog import LogConfig, LoggedRequest, RequestLog, read_log, to_table
 
 Rows = Callable[..., pa.RecordBatch]
 
@@ -29,7 +29,10 @@ def requests(engine: Engine, log_rows: Rows) -> list[LoggedRequest]:
         rows = log_rows(1 + 5 * n, seed=n)
         request = engine.schema.rank_input(rows.select(engine.schema.request.names).slice(0, 1), rows.select(engine.schema.item.names))
         ids = None if n == 3 else pa.array([f"c{n}.{i}" for i in range(rows.num_rows)])
-        made.append(LoggedRequest(f"r{n}", 1000 + n, "small", "7", engine.spec.digest, ids, request, engine.rank(request).scores_NT))
+        propensities = None if n % 3 else np.linspace(0.1, 1, rows.num_rows)
+        about = {"propensity_N": propensities, "defaulted": ("price",)[: n % 2], "unknown": (0,)[: n % 2], "times_us": {"total": 10 * n}}
+        scores_NT = engine.rank(request).scores_NT
+        made.append(LoggedRequest(f"r{n}", 1000 + n, "small", "7", engine.spec.digest, ids, request, scores_NT, **about))
     return made
 
 
@@ -47,7 +50,30 @@ def test_what_is_read_back_scores_exactly_the_same(engine: Engine, requests: lis
         assert was.candidate_ids is None or now.candidate_ids.equals(was.candidate_ids)
         assert (now.time_us, now.model_name, now.model_version, now.spec_digest) == (was.time_us, "small", "7", engine.spec.digest)
         assert np.array_equal(now.scores_NT, was.scores_NT)
+        assert (now.defaulted, now.unknown, now.times_us) == (was.defaulted, was.unknown, was.times_us)
+        assert (now.propensity_N is None) == (was.propensity_N is None)
+        assert was.propensity_N is None or np.array_equal(now.propensity_N, was.propensity_N)
         assert np.array_equal(engine.rank(now.input).scores_NT, was.scores_NT)
+
+
+def test_positions_are_places_in_the_order_that_was_returned(engine: Engine, requests: list[LoggedRequest], tmp_path: Path) -> None:
+    with RequestLog(tmp_path, engine.schema, 1) as log:
+        log.write(requests[4])
+    (row,) = pq.read_table(next(tmp_path.iterdir())).to_pylist()
+    order = engine.rank(requests[4].input).order
+    assert [row["positions"][candidate] for candidate in order] == list(range(len(order)))
+
+
+def test_logs_of_the_format_before_are_read(engine: Engine, requests: list[LoggedRequest], tmp_path: Path) -> None:
+    table = to_table(requests, engine.schema, 1)
+    old = table.drop_columns(["positions", "propensities", "defaulted", "unknown", "stage_us"])
+    pq.write_table(old.replace_schema_metadata({**table.schema.metadata, b"ninerank.requestlog": b"1"}), tmp_path / "old.parquet")
+    back = list(read_log(tmp_path))
+    assert [request.request_id for request in back] == [request.request_id for request in requests]
+    assert all(request.propensity_N is None and request.times_us == {} for request in back)
+    pq.write_table(old.replace_schema_metadata({**table.schema.metadata, b"ninerank.requestlog": b"3"}), tmp_path / "old.parquet")
+    with pytest.raises(DataError, match="is no request log of format 1 or 2"):
+        list(read_log(tmp_path))
 
 
 def test_a_full_queue_drops_and_counts_and_does_not_wait(

@@ -559,3 +559,21 @@ def test_the_answer_is_a_message_that_older_clients_read(served: Served) -> None
     with pytest.raises(DecodeError):
         pb.RankResponse.FromString(answer[:-1])
     assert pb.RankResponse.FromString(answer + b"\xd2\x02\x01x").model_version == "7"  # a field of tomorrow
+
+
+def test_the_log_tells_defaults_unknown_candidates_times_and_propensities(
+    start: Callable[..., Served], items_file: Path, tmp_path: Path
+) -> None:
+    own = start(items=items_file, log_dir=tmp_path)
+    with PredictorClient(own.target) as client:
+        client.rank({"user_id": "u1"}, ids=["i1", "nobody"], request_id="seen", propensities=[0.25, 0.75])
+        for wrong, said in (([0.5], "propensities holds 1 numbers"), ([0.5, 0.0], "0 of candidate 1"), ([float("nan"), 1], "nan of cand")):
+            with pytest.raises(RequestError, match=said):
+                client.rank({"user_id": "u1"}, ids=["i1", "i2"], propensities=wrong)
+    own.stop()
+    (logged,) = read_log(tmp_path)
+    assert logged.propensity_N is not None
+    assert logged.propensity_N.tolist() == [0.25, 0.75]
+    assert logged.unknown == (1,)
+    assert set(logged.defaulted) == {"age", "hour", "history"}
+    assert logged.times_us.keys() >= {"queue", "cache", "transform", "compute", "total"}

@@ -92,17 +92,21 @@ class PredictorClient:
         request_id: str = "",
         model_name: str = "",
         model_version: str = "",
+        propensities: Sequence[float] | npt.NDArray[np.float64] | None = None,
     ) -> RankResult:
         """Score and order candidates for one user.
 
         user: one value a column (a list for features with many values). items: columns of N values, or N mappings. ids: N candidate
         ids, to be looked up by the server. At least one of items and ids is needed. timeout_ms: instead of the client's.
+        propensities: chance with which each candidate is shown, for the request log alone.
 
         Raises RequestError for what the server refuses, DeadlineError when time ran out, OverloadError where the server takes no
         more, NinerankError where it cannot be reached or failed.
         """
         request = build_request(user, items, ids=ids, top_k=top_k)
         request.request_id, request.model_name, request.model_version = request_id, model_name, model_version
+        if propensities is not None:
+            request.propensities.extend(propensities)
         timeout_s = (timeout_ms or self._timeout_ms) / 1000
         try:
             response: pb.RankResponse = self._stub.Rank(request, timeout=timeout_s)

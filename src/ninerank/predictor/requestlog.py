@@ -1,7 +1,10 @@
 """A sampled log of requests as they were scored: Parquet files that replay turns back into the same scores.
 
 One row a request: request_id, time_us, model_name, model_version, spec_digest, user (a struct of the request-level columns),
-candidate_ids, item (a struct of lists, one list a column, N values each: what the model saw after the cache), scores (N * T, row by row).
+candidate_ids, item (a struct of lists, one list a column, N values each: what the model saw after the cache), scores (N * T, row by row),
+positions (place of each candidate in the order that was returned, from 0), propensities (chance with which the caller showed each
+candidate where it did; null where nobody said), defaulted (columns in neither request nor cache), unknown (candidates that the cache did
+not know), stage_us (a struct of microseconds).
 
 Shape legend: N candidates, T tasks.
 """
@@ -14,9 +17,10 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +39,8 @@ __all__ = ["LogConfig", "LogStats", "LoggedRequest", "RequestLog", "read_log"]
 log = logging.getLogger(__name__)
 
 FORMAT = b"ninerank.requestlog"
-FORMAT_VERSION = b"1"
+FORMAT_VERSION = b"2"
+READABLE = (b"1", FORMAT_VERSION)
 CLOSE = None
 
 
@@ -57,7 +62,8 @@ class LogConfig(Config):
 class LoggedRequest:
     """One request with what it was answered. time_us: Unix time, microseconds.
 
-    candidate_ids: as sent, else the column of item ids that came inline, else None.
+    candidate_ids: as sent, else the column of item ids that came inline, else None. propensity_N: float64, None where nobody said.
+    defaulted: columns that neither request nor cache held. unknown: candidates, by index, that the cache did not know. times_us: by stage.
     """
 
     request_id: str
@@ -68,6 +74,10 @@ class LoggedRequest:
     candidate_ids: pa.Array | None
     input: RankInput
     scores_NT: npt.NDArray[np.float32]
+    propensity_N: npt.NDArray[np.float64] | None = None
+    defaulted: tuple[str, ...] = ()
+    unknown: tuple[int, ...] = ()
+    times_us: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -193,6 +203,11 @@ def to_table(requests: Sequence[LoggedRequest], schema: RequestSchema, num_tasks
             schema.item, [pa.ListArray.from_arrays(offsets, _whole(items.column(name))) for name in schema.item.names], len(requests)
         ),
         "scores": pa.ListArray.from_arrays(pa.array(np.concatenate([[0], np.cumsum(counts * num_tasks)]), pa.int32()), pa.array(scores)),
+        "positions": pa.ListArray.from_arrays(offsets, pa.array(np.concatenate([_positions(r.scores_NT) for r in requests]), pa.int32())),
+        "propensities": pa.array([request.propensity_N for request in requests], pa.list_(pa.float64())),
+        "defaulted": pa.array([request.defaulted for request in requests], pa.list_(pa.string())),
+        "unknown": pa.array([request.unknown for request in requests], pa.list_(pa.int32())),
+        "stage_us": _stages(requests),
     }
     metadata = {FORMAT: FORMAT_VERSION, b"num_tasks": str(num_tasks).encode()}
     return pa.table(columns).replace_schema_metadata(metadata)
@@ -215,8 +230,8 @@ def _read_file(path: Path) -> Iterator[LoggedRequest]:
     try:
         with pq.ParquetFile(path) as file:
             metadata = file.schema_arrow.metadata or {}
-            if metadata.get(FORMAT) != FORMAT_VERSION:
-                raise DataError(f"{path}: is no request log of format {FORMAT_VERSION.decode()}")
+            if metadata.get(FORMAT) not in READABLE:
+                raise DataError(f"{path}: is no request log of format {' or '.join(version.decode() for version in READABLE)}")
             num_tasks = int(json.loads(metadata[b"num_tasks"]))
             for batch in file.iter_batches(batch_size=256):
                 for row in range(batch.num_rows):
@@ -245,7 +260,37 @@ def _logged(batch: pa.RecordBatch, row: int, num_tasks: int) -> LoggedRequest:
         candidate_ids=ids.slice(row, 1).flatten() if ids[row].is_valid else None,
         input=RankInput(_batch(user, 1), _batch(items, count)),
         scores_NT=scores.reshape(count, num_tasks),
+        **(_circumstances(batch, row, count) if "positions" in batch.schema.names else {}),
     )
+
+
+def _circumstances(batch: pa.RecordBatch, row: int, count: int) -> dict[str, Any]:
+    """What format 2 holds of a request beside features and scores."""
+    propensities = batch.column("propensities").slice(row, 1)
+    if propensities.null_count == 0 and len(propensities.flatten()) != count:
+        raise DataError(
+            f"request {batch.column('request_id')[row].as_py()!r}: has propensities of another number of candidates than {count}"
+        )
+    return {
+        "propensity_N": None if propensities.null_count else propensities.flatten().to_numpy(),
+        "defaulted": tuple(batch.column("defaulted")[row].as_py()),
+        "unknown": tuple(batch.column("unknown")[row].as_py()),
+        "times_us": {name: value for name, value in (batch.column("stage_us")[row].as_py() or {}).items() if value is not None},
+    }
+
+
+def _positions(scores_NT: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+    """Place of each candidate in the order by the first task, ties by index, as the server orders."""
+    order = np.argsort(-scores_NT[:, 0], kind="stable")
+    position_N = np.empty_like(order)
+    position_N[order] = np.arange(len(order))
+    return position_N
+
+
+def _stages(requests: Sequence[LoggedRequest]) -> pa.Array:
+    names = sorted({name for request in requests for name in request.times_us})
+    arrays = [pa.array([request.times_us.get(name) for request in requests], pa.int64()) for name in names]
+    return pa.StructArray.from_arrays(arrays, names=names) if names else pa.nulls(len(requests))
 
 
 def _struct(schema: pa.Schema, arrays: list[pa.Array], num_rows: int) -> pa.Array:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 from google.protobuf.message import DecodeError
 
@@ -103,8 +104,6 @@ class RankService:
         response.defaults.user_columns.extend(user_missing)
         response.defaults.item_columns.extend(item_missing)
         response.defaults.unknown_candidates.extend(unknown)
-        if self._log is not None:
-            self._write_log(call, given.get(self._item_key or "") if ids is None else ids, rank_input, output)
         times_us = {
             "queue": (started_ns - call.arrived_ns) // 1000,
             "decode": (decoded_ns - started_ns) // 1000,
@@ -114,6 +113,9 @@ class RankService:
             "compute": output.times.compute_us,
             "total": (time.perf_counter_ns() - call.arrived_ns) // 1000,
         }
+        if self._log is not None:
+            logged_ids = given.get(self._item_key or "") if ids is None else ids
+            self._write_log(call, request, logged_ids, rank_input, output, (*user_missing, *item_missing), tuple(unknown), times_us)
         for stage, value in times_us.items():
             setattr(response.timings, f"{stage}_us", min(max(value, 0), 0xFFFFFFFF))
         self._observe(count, times_us, (*user_missing, *item_missing), len(unknown))
@@ -138,7 +140,17 @@ class RankService:
         if request.model_version not in {"", manifest.model_version}:
             raise UnknownModelError(f"version {request.model_version[:100]!r} is not served here; served: {manifest.model_version}")
         check_num_candidates(request.num_candidates, self._max_candidates)
+        self._check_propensities(request)
         return request
+
+    def _check_propensities(self, request: pb.RankRequest) -> None:
+        given = np.array(request.propensities)
+        if len(given) not in {0, request.num_candidates}:
+            raise RequestError(f"propensities holds {len(given)} numbers, one a candidate is needed: {request.num_candidates}")
+        wrong_N = ~((given > 0) & (given <= 1))
+        if wrong_N.any():
+            index = int(wrong_N.argmax())
+            raise RequestError(f"propensities: {given[index]:g} of candidate {index}; a chance above 0 and at most 1 is needed")
 
     def _user(self, request: pb.RankRequest) -> tuple[pa.RecordBatch, tuple[str, ...]]:
         return self.engine.schema.conform("request", self._decode("request", request.user, 1), 1)
@@ -184,7 +196,17 @@ class RankService:
                 response.tasks.add(name=name, scores=output.scores_NT[:, task].tolist())
         return response
 
-    def _write_log(self, call: Call, ids: pa.Array | None, rank_input: RankInput, output: RankOutput) -> None:
+    def _write_log(
+        self,
+        call: Call,
+        request: pb.RankRequest,
+        ids: pa.Array | None,
+        rank_input: RankInput,
+        output: RankOutput,
+        defaulted: tuple[str, ...],
+        unknown: tuple[int, ...],
+        times_us: dict[str, int],
+    ) -> None:
         assert self._log is not None
         manifest = self.engine.manifest
         self._log.write(
@@ -197,6 +219,10 @@ class RankService:
                 candidate_ids=ids,
                 input=rank_input,
                 scores_NT=output.scores_NT,
+                propensity_N=np.array(request.propensities) if request.propensities else None,
+                defaulted=defaulted,
+                unknown=unknown,
+                times_us=times_us,
             )
         )
 

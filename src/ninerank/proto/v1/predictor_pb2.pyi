@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RankRequest(_message.Message):
-    __slots__ = ("request_id", "model_name", "model_version", "user", "num_candidates", "candidate_ids", "item_features", "top_k", "timeout_ms")
+    __slots__ = ("request_id", "model_name", "model_version", "user", "num_candidates", "candidate_ids", "item_features", "top_k", "timeout_ms", "propensities")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
     MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -17,6 +17,7 @@ class RankRequest(_message.Message):
     ITEM_FEATURES_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    PROPENSITIES_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model_name: str
     model_version: str
@@ -26,7 +27,8 @@ class RankRequest(_message.Message):
     item_features: _containers.RepeatedCompositeFieldContainer[Column]
     top_k: int
     timeout_ms: int
-    def __init__(self, request_id: _Optional[str] = ..., model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., user: _Optional[_Iterable[_Union[Column, _Mapping]]] = ..., num_candidates: _Optional[int] = ..., candidate_ids: _Optional[_Union[Column, _Mapping]] = ..., item_features: _Optional[_Iterable[_Union[Column, _Mapping]]] = ..., top_k: _Optional[int] = ..., timeout_ms: _Optional[int] = ...) -> None: ...
+    propensities: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, request_id: _Optional[str] = ..., model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., user: _Optional[_Iterable[_Union[Column, _Mapping]]] = ..., num_candidates: _Optional[int] = ..., candidate_ids: _Optional[_Union[Column, _Mapping]] = ..., item_features: _Optional[_Iterable[_Union[Column, _Mapping]]] = ..., top_k: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., propensities: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Column(_message.Message):
     __slots__ = ("name", "int64_values", "float32_values", "float64_values", "string_values", "list_offsets", "validity")

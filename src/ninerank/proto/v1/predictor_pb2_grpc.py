@@ -5,7 +5,7 @@ import warnings
 
 from ninerank.proto.v1 import predictor_pb2 as ninerank_dot_v1_dot_predictor__pb2
 
-GRPC_GENERATED_VERSION = '1.80.0'
+GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -25,7 +25,7 @@ if _version_not_supported:
     )
 
 
-class PredictorStub(object):
+class PredictorStub:
     """Missing associated documentation comment in .proto file."""
 
     def __init__(self, channel):
@@ -41,7 +41,7 @@ class PredictorStub(object):
                 _registered_method=True)
 
 
-class PredictorServicer(object):
+class PredictorServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Rank(self, request, context):
@@ -71,7 +71,7 @@ def add_PredictorServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class Predictor(object):
+class Predictor:
     """Missing associated documentation comment in .proto file."""
 
     @staticmethod
