@@ -17,6 +17,7 @@ from ninerank.metrics import (
     Calibration,
     LogLoss,
     NormalizedEntropy,
+    RelativeInformationGain,
     ScoreHistogram,
     calibration,
     ece,
@@ -126,6 +127,7 @@ def test_histogram_between_edges_counts_each_row_once() -> None:
 MAKERS = {
     "logloss": LogLoss,
     "ne": NormalizedEntropy,
+    "rig": RelativeInformationGain,
     "pcoc": PCOC,
     "mass": partial(Calibration, 4),
     "width": partial(Calibration, 4, "width"),
@@ -148,7 +150,7 @@ def test_merge_over_any_split_is_the_whole(name: str, rows: list[tuple[bool, flo
     merged = metric_type.from_state(first.state()).merge(metric_type.from_state(second.state()))
     for key, value in whole.state().items():
         np.testing.assert_allclose(merged.state()[key], value, rtol=1e-10, atol=1e-10)
-    if name in {"logloss", "ne", "pcoc"} and (not weighted or (weight.sum() > 1e-3)):
+    if name in {"logloss", "ne", "rig", "pcoc"} and (not weighted or (weight.sum() > 1e-3)):
         assert merged.value() == pytest.approx(whole.value(), rel=1e-6, nan_ok=True)
 
 

@@ -9,29 +9,69 @@ True
 """
 
 from ninerank.metrics.accumulator import Accumulator
+from ninerank.metrics.bucketed import BoundedAUC, BucketedAUC, bucketed_auc
 from ninerank.metrics.calibration import PCOC, Buckets, Calibration, ScoreHistogram, calibration, ece, pcoc
-from ninerank.metrics.likelihood import CLIP, LogLoss, NormalizedEntropy, logloss, normalized_entropy
+from ninerank.metrics.catalogue import ItemCounts, coverage, novelty, top_k
+from ninerank.metrics.likelihood import (
+    CLIP,
+    LogLoss,
+    NormalizedEntropy,
+    RelativeInformationGain,
+    logloss,
+    normalized_entropy,
+    relative_information_gain,
+)
+from ninerank.metrics.lists import MAP, MRR, NDCG, HitRate, ListTable, average_precision, hit_rate, ndcg, reciprocal_rank
+from ninerank.metrics.multitask import Conversion, ConversionTable, PerTask, TaskQuality
 from ninerank.metrics.ranking import AUC, GAUC, GroupTable, RocCurve, auc, gauc, roc_curve
+from ninerank.metrics.sampling import restore_scores, sampling_weights
+from ninerank.metrics.sliced import Sliced, time_slices
 
 __all__ = [
     "AUC",
-    "CLIP",
-    "GAUC",
-    "PCOC",
     "Accumulator",
+    "BoundedAUC",
+    "BucketedAUC",
     "Buckets",
+    "CLIP",
     "Calibration",
+    "Conversion",
+    "ConversionTable",
+    "GAUC",
     "GroupTable",
+    "HitRate",
+    "ItemCounts",
+    "ListTable",
     "LogLoss",
+    "MAP",
+    "MRR",
+    "NDCG",
     "NormalizedEntropy",
+    "PCOC",
+    "PerTask",
+    "RelativeInformationGain",
     "RocCurve",
     "ScoreHistogram",
+    "Sliced",
+    "TaskQuality",
     "auc",
+    "average_precision",
+    "bucketed_auc",
     "calibration",
+    "coverage",
     "ece",
     "gauc",
+    "hit_rate",
     "logloss",
+    "ndcg",
     "normalized_entropy",
+    "novelty",
     "pcoc",
+    "reciprocal_rank",
+    "relative_information_gain",
+    "restore_scores",
     "roc_curve",
+    "sampling_weights",
+    "time_slices",
+    "top_k",
 ]

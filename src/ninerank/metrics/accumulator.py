@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from ninerank.metrics.rows import Array, Rows, check_groups, check_rows
 
-__all__ = ["Accumulator", "RowAccumulator", "State", "SumAccumulator"]
+__all__ = ["Accumulator", "RowAccumulator", "State", "SumAccumulator", "ratio"]
 
 State = dict[str, Array]
 
@@ -40,12 +40,34 @@ class Accumulator(ABC):
 
 
 class SumAccumulator(Accumulator):
-    """Holds a fixed vector of float64 sums, so that merging is adding."""
+    """A function of a few weighted sums over the rows, so that merging is adding.
+
+    What makes one is `terms`, each row's share of the sums, and `of`, the metric of given sums: whole, of a slice, or of
+    the many resamplings of a bootstrap at once.
+    """
 
     num_sums: int
+    probability = True
 
     def __init__(self) -> None:
         self._sums = np.zeros(self.num_sums)
+
+    @classmethod
+    @abstractmethod
+    def terms(cls, rows: Rows) -> Array:
+        """float64 (num_sums, B): what each row adds, its weight included."""
+
+    @classmethod
+    @abstractmethod
+    def of(cls, sums_SR: Array) -> Array:
+        """float64 (R,): the metric of each column of sums; nan where it has no value."""
+
+    def update(self, label_B: ArrayLike, score_B: ArrayLike, weight_B: ArrayLike | None = None) -> Self:
+        self._sums += self.terms(check_rows(label_B, score_B, weight_B, probability=self.probability)).sum(1)
+        return self
+
+    def value(self) -> float:
+        return float(self.of(self._sums[:, None])[0])
 
     def merge(self, other: Self) -> Self:
         self._refuse_other(other)
@@ -66,6 +88,7 @@ class RowAccumulator(Accumulator):
     """Holds every row: 5 bytes with float32 scores, 8 more with weights, 8 more with groups."""
 
     grouped = False
+    graded = False
 
     def __init__(self) -> None:
         self._chunks: list[State] = []
@@ -92,7 +115,7 @@ class RowAccumulator(Accumulator):
         return metric
 
     def _append(self, label_B: ArrayLike, score_B: ArrayLike, weight_B: ArrayLike | None, group_B: ArrayLike | None = None) -> None:
-        rows = check_rows(label_B, score_B, weight_B)
+        rows = check_rows(label_B, score_B, weight_B, graded=self.graded)
         self._weighted = self._weighted or rows.weight_B is not None
         # A broadcast 1 takes no memory until a weighted chunk comes beside it.
         weights = np.broadcast_to(np.float64(1), len(rows)) if rows.weight_B is None else rows.weight_B
@@ -107,5 +130,11 @@ class RowAccumulator(Accumulator):
 
     def _column(self, name: str) -> Array:
         if not self._chunks:
-            return np.empty(0, {"label": np.bool_, "group": np.int64}.get(name, np.float64))
+            return np.empty(0, {"label": np.float64 if self.graded else np.bool_, "group": np.int64}.get(name, np.float64))
         return np.concatenate([chunk[name] for chunk in self._chunks])
+
+
+def ratio(above: Array, below: Array) -> Array:
+    """above / below, nan where below is not positive."""
+    quotient: Array = np.divide(above, below, out=np.full(np.broadcast(above, below).shape, np.nan), where=below > 0)
+    return quotient

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from typing_extensions import Self
 
-from ninerank.metrics.accumulator import Accumulator, State, SumAccumulator
-from ninerank.metrics.rows import Array, check_rows
+from ninerank.metrics.accumulator import Accumulator, State, SumAccumulator, ratio
+from ninerank.metrics.rows import Array, Rows, check_rows
 
 __all__ = ["PCOC", "Buckets", "Calibration", "ScoreHistogram", "calibration", "ece", "pcoc"]
 
@@ -37,6 +37,11 @@ class Buckets(NamedTuple):
     rate_K: Array
 
     @property
+    def pcoc_K(self) -> Array:
+        """float64 (K,): predicted over observed positives of each bucket; nan without positives."""
+        return ratio(self.score_K * self.weight_K, self.positive_K)
+
+    @property
     def ece(self) -> float:
         """Expected calibration error: sum_k w_k |rate_k - score_k| / sum_k w_k (Naeini et al. 2015). nan without rows."""
         total = self.weight_K.sum()
@@ -54,14 +59,13 @@ class PCOC(SumAccumulator):
 
     num_sums = 2
 
-    def update(self, label_B: ArrayLike, score_B: ArrayLike, weight_B: ArrayLike | None = None) -> "PCOC":
-        rows = check_rows(label_B, score_B, weight_B, probability=True)
-        self._sums += [rows.total(rows.score_B), rows.total(rows.label_B)]
-        return self
+    @classmethod
+    def terms(cls, rows: Rows) -> Array:
+        return rows.weighted(rows.score_B, rows.label_B)
 
-    def value(self) -> float:
-        predicted, positive = self._sums.tolist()
-        return predicted / positive if positive > 0 else float("nan")
+    @classmethod
+    def of(cls, sums_SR: Array) -> Array:
+        return ratio(sums_SR[0], sums_SR[1])
 
 
 class ScoreHistogram(Accumulator):

@@ -1,17 +1,23 @@
-"""How probable the labels are under the scores: log loss, and log loss against the background rate.
+"""How probable the labels are under the scores: log loss, and log loss against the background rate (NE, RIG).
 
 Shape legend: B rows of one update, N rows in all.
 """
 
-import math
-
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ninerank.metrics.accumulator import SumAccumulator
-from ninerank.metrics.rows import Rows, check_rows
+from ninerank.metrics.accumulator import SumAccumulator, ratio
+from ninerank.metrics.rows import Array, Rows
 
-__all__ = ["CLIP", "LogLoss", "NormalizedEntropy", "logloss", "normalized_entropy"]
+__all__ = [
+    "CLIP",
+    "LogLoss",
+    "NormalizedEntropy",
+    "RelativeInformationGain",
+    "logloss",
+    "normalized_entropy",
+    "relative_information_gain",
+]
 
 CLIP = 1e-7
 """Scores are clipped to [CLIP, 1 - CLIP]: the resolution of a float32 sigmoid near 1, so that a saturated score costs 16.1 nats."""
@@ -29,21 +35,20 @@ class LogLoss(SumAccumulator):
 
     num_sums = 2
 
-    def update(self, label_B: ArrayLike, score_B: ArrayLike, weight_B: ArrayLike | None = None) -> "LogLoss":
-        rows = check_rows(label_B, score_B, weight_B, probability=True)
-        self._sums += [_total_loss(rows), rows.total()]
-        return self
+    @classmethod
+    def terms(cls, rows: Rows) -> Array:
+        return rows.weighted(_loss(rows), 1.0)
 
-    def value(self) -> float:
-        loss, weight = self._sums.tolist()
-        return loss / weight if weight > 0 else float("nan")
+    @classmethod
+    def of(cls, sums_SR: Array) -> Array:
+        return ratio(sums_SR[0], sums_SR[1])
 
 
 class NormalizedEntropy(SumAccumulator):
     """Log loss divided by that of the background rate alone: NE = logloss / -(r ln r + (1 - r) ln(1 - r)).
 
     r is the weighted share of positives (He et al. 2014, "Practical Lessons from Predicting Clicks on Ads at
-    Facebook"). Below 1 is better than the average rate, 0 is perfect; relative information gain is 1 - NE.
+    Facebook"). Below 1 is better than the average rate, 0 is perfect; `RelativeInformationGain` is 1 - NE.
     nan where there are no positives or no negatives. Clipping and errors as `LogLoss`.
 
     >>> round(NormalizedEntropy().update([1, 0], [0.8, 0.2]).value(), 4)
@@ -52,18 +57,29 @@ class NormalizedEntropy(SumAccumulator):
 
     num_sums = 3
 
-    def update(self, label_B: ArrayLike, score_B: ArrayLike, weight_B: ArrayLike | None = None) -> "NormalizedEntropy":
-        rows = check_rows(label_B, score_B, weight_B, probability=True)
-        self._sums += [_total_loss(rows), rows.total(), rows.total(rows.label_B)]
-        return self
+    @classmethod
+    def terms(cls, rows: Rows) -> Array:
+        return rows.weighted(_loss(rows), 1.0, rows.label_B)
 
-    def value(self) -> float:
-        loss, weight, positive = self._sums.tolist()
-        if not 0 < positive < weight:
-            return float("nan")
-        rate = positive / weight
-        background = -(rate * math.log(rate) + (1 - rate) * math.log1p(-rate)) if 0 < rate < 1 else 0.0
-        return loss / weight / background if background > 0 else float("nan")
+    @classmethod
+    def of(cls, sums_SR: Array) -> Array:
+        loss, weight, positive = sums_SR
+        rate = np.where((positive > 0) & (positive < weight), ratio(positive, weight), np.nan)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            background = -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate))
+            return np.where(background > 0, loss / weight / background, np.nan)
+
+
+class RelativeInformationGain(NormalizedEntropy):
+    """RIG = 1 - NE: the share of the labels' entropy that the scores explain. 0 is the average rate, 1 is perfect.
+
+    >>> round(RelativeInformationGain().update([1, 0], [0.8, 0.2]).value(), 4)
+    0.6781
+    """
+
+    @classmethod
+    def of(cls, sums_SR: Array) -> Array:
+        return 1 - super().of(sums_SR)
 
 
 def logloss(label_N: ArrayLike, score_N: ArrayLike, weight_N: ArrayLike | None = None) -> float:
@@ -76,6 +92,13 @@ def normalized_entropy(label_N: ArrayLike, score_N: ArrayLike, weight_N: ArrayLi
     return NormalizedEntropy().update(label_N, score_N, weight_N).value()
 
 
-def _total_loss(rows: Rows) -> float:
+def relative_information_gain(label_N: ArrayLike, score_N: ArrayLike, weight_N: ArrayLike | None = None) -> float:
+    """`RelativeInformationGain` of all rows at once."""
+    return RelativeInformationGain().update(label_N, score_N, weight_N).value()
+
+
+def _loss(rows: Rows) -> Array:
+    """float64 (B,): -ln of the chance that the score gave to the label."""
     chance_B = np.clip(np.where(rows.label_B, rows.score_B, 1 - rows.score_B.astype(np.float64)), CLIP, 1 - CLIP)
-    return -rows.total(np.log(chance_B))
+    loss_B: Array = -np.log(chance_B)
+    return loss_B

@@ -3,7 +3,6 @@
 Shape legend: B rows of one update, N rows in all, G groups, K points of a curve.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -11,11 +10,11 @@ from numpy.typing import ArrayLike
 
 from ninerank.errors import DataError
 from ninerank.metrics.accumulator import RowAccumulator
+from ninerank.metrics.keys import HALF, group_codes, score_codes
 from ninerank.metrics.rows import Array, Rows, check_groups, check_rows
 
 __all__ = ["AUC", "GAUC", "GroupTable", "RocCurve", "auc", "gauc", "roc_curve"]
 
-HALF = np.uint64(32)
 LOW_HALF = np.uint64(0xFFFFFFFF)
 
 
@@ -129,8 +128,8 @@ def _group_table(rows: Rows, group_N: Array) -> GroupTable:
 
     P positives: won_P is twice the weight of the negatives below, plus that of the equal ones.
     """
-    code_N, keys = _group_codes(group_N)
-    key_N = (code_N << HALF) | _score_codes(rows.score_B)
+    code_N, keys = group_codes(group_N)
+    key_N = (code_N << HALF) | score_codes(rows.score_B)
     positive_P, weight_P, positive_mass = _sorted_class(key_N, rows.weight_B, rows.label_B)
     negative, _, negative_mass = _sorted_class(key_N, rows.weight_B, ~rows.label_B)
     if not len(positive_P):
@@ -160,30 +159,6 @@ def _sorted_class(key_N: Array, weight_N: Array | None, chosen_N: Array) -> tupl
     order = np.argsort(key)
     weight = weight_N[chosen_N][order]
     return key[order], weight, np.concatenate([[0.0], np.cumsum(weight)])
-
-
-def _group_codes(group_N: Array) -> tuple[Array, Callable[[Array], Array]]:
-    """uint64 codes below 2**32 in the order of the keys, and the way back."""
-    low, high = (int(group_N.min()), int(group_N.max())) if len(group_N) else (0, 0)
-    if high - low < 1 << 32:
-        # Two's complement wraps around to the true difference, whatever the signs.
-        return group_N.view(np.uint64) - np.uint64(low % (1 << 64)), lambda code: code.view(np.int64) + low
-    # One permutation is far quicker here than looking each key up among the distinct ones.
-    order = np.argsort(group_N)
-    sorted_N = group_N[order]
-    is_first_N = np.concatenate([[True], sorted_N[1:] != sorted_N[:-1]])
-    code_N = np.empty(len(group_N), np.uint64)
-    code_N[order] = np.cumsum(is_first_N, dtype=np.uint64) - np.uint64(1)
-    distinct = sorted_N[is_first_N]
-    return code_N, lambda code: distinct[code.view(np.int64)]
-
-
-def _score_codes(score_N: Array) -> Array:
-    """uint64 codes below 2**32 in the order of the scores: the float's own bits where it has 32, ranks else."""
-    if score_N.dtype == np.float32:
-        bits = score_N.view(np.uint32)
-        return np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31)).astype(np.uint64)
-    return np.unique(score_N, return_inverse=True)[1].astype(np.uint64)
 
 
 def _roc(rows: Rows, max_points: int) -> RocCurve:

@@ -18,7 +18,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Rows:
-    """Checked rows: label_B bool, score_B float32 or float64, weight_B float64 or None where every weight is 1."""
+    """Checked rows: label_B bool, or float64 if graded; score_B float32 or float64; weight_B float64, None where all are 1."""
 
     label_B: Array
     score_B: Array
@@ -27,18 +27,23 @@ class Rows:
     def __len__(self) -> int:
         return len(self.label_B)
 
-    def total(self, values_B: Array | None = None) -> float:
-        """Weighted sum of `values_B`, or of ones."""
-        if values_B is None:
-            return float(len(self)) if self.weight_B is None else float(self.weight_B.sum())
-        return float((values_B if self.weight_B is None else values_B * self.weight_B).sum(dtype=np.float64))
+    def weighted(self, *columns_B: Array | float) -> Array:
+        """float64 (len(columns_B), B): columns, each value times its row's weight."""
+        table = np.empty((len(columns_B), len(self)))
+        for row, column in zip(table, columns_B, strict=True):
+            row[:] = column
+        if self.weight_B is not None:
+            table *= self.weight_B
+        return table
 
 
-def check_rows(label_B: ArrayLike, score_B: ArrayLike, weight_B: ArrayLike | None = None, *, probability: bool = False) -> Rows:
+def check_rows(
+    label_B: ArrayLike, score_B: ArrayLike, weight_B: ArrayLike | None = None, *, probability: bool = False, graded: bool = False
+) -> Rows:
     """Check one update; raises DataError for a shape, label, score or weight that is not allowed.
 
     float32 scores stay float32 (float16 is widened to it), everything else becomes float64; -0.0 becomes 0.0.
-    With `probability` scores must lie in [0, 1].
+    With `probability` scores must lie in [0, 1]. With `graded` labels are gains, finite numbers >= 0.
 
     >>> check_rows([0, 2], [0.1, 0.2])
     Traceback (most recent call last):
@@ -53,7 +58,10 @@ def check_rows(label_B: ArrayLike, score_B: ArrayLike, weight_B: ArrayLike | Non
     _refuse("score", scores, ~np.isfinite(scores), "finite numbers are needed")
     if probability:
         _refuse("score", scores, (scores < 0) | (scores > 1), "a probability in [0, 1] is needed (is this a logit?)")
-    if labels.dtype != np.bool_:
+    if graded:
+        labels = labels.astype(np.float64)
+        _refuse("label", labels, ~(np.isfinite(labels) & (labels >= 0)), "a finite number >= 0 is needed")
+    elif labels.dtype != np.bool_:
         _refuse("label", labels, (labels != 0) & (labels != 1), "0 or 1 is needed")
         labels = labels == 1
     if weight_B is None:
@@ -65,13 +73,13 @@ def check_rows(label_B: ArrayLike, score_B: ArrayLike, weight_B: ArrayLike | Non
     return Rows(labels, scores, weights)
 
 
-def check_groups(group_B: ArrayLike, num_rows: int) -> Array:
+def check_groups(group_B: ArrayLike, num_rows: int, what: str = "groups") -> Array:
     """Group keys as int64; raises DataError for keys that are no integers, or not one per row."""
     keys = np.asarray(group_B)
     if keys.shape != (num_rows,):
-        raise DataError(f"groups have shape {keys.shape}: ({num_rows},) is needed, one key per row")
+        raise DataError(f"{what} have shape {keys.shape}: ({num_rows},) is needed, one key per row")
     if keys.dtype.kind not in "iub":
-        raise DataError(f"groups are {keys.dtype}: integers are needed, encode or hash other keys first")
+        raise DataError(f"{what} are {keys.dtype}: integers are needed, encode or hash other keys first")
     return keys.astype(np.uint64).view(np.int64) if keys.dtype == np.uint64 else keys.astype(np.int64)
 
 
