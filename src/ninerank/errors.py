@@ -53,7 +53,14 @@ class DeadlineError(NinerankError):
 
 
 class OverloadError(NinerankError):
-    """A bound (queue, message size, candidates in flight) is reached; gRPC RESOURCE_EXHAUSTED."""
+    """A bound (queue, message size, candidates in flight) is reached; gRPC RESOURCE_EXHAUSTED.
+
+    retry_after_ms: when trying again may be of use; None: never, the request itself is too large.
+    """
+
+    def __init__(self, message: str, retry_after_ms: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_ms = retry_after_ms
 
 
 class DeviceError(NinerankError):

@@ -17,7 +17,8 @@ from ninerank.predictor.bundle import export_bundle
 from ninerank.predictor.client import PredictorClient
 from ninerank.predictor.engine import Engine
 from ninerank.predictor.requestlog import read_log
-from ninerank.predictor.server import PredictorServer, ServeConfig
+from ninerank.predictor.serveconfig import ServeConfig
+from ninerank.predictor.server import PredictorServer
 from ninerank.training.recipe import Recipe
 from ninerank.training.run import Run, load_run
 from ninerank.training.trainer import Trainer

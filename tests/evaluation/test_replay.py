@@ -20,7 +20,8 @@ from ninerank.evaluation.replayer import BundleReplayer, EndpointReplayer
 from ninerank.predictor.bundle import export_bundle
 from ninerank.predictor.client import PredictorClient
 from ninerank.predictor.requestlog import RequestLog, read_log
-from ninerank.predictor.server import PredictorServer, ServeConfig
+from ninerank.predictor.serveconfig import ServeConfig
+from ninerank.predictor.server import PredictorServer
 from ninerank.towers.registry import build_model
 from ninerank.training.run import Run
 

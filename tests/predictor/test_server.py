@@ -24,10 +24,13 @@ from ninerank.errors import DataError, DeadlineError, DeviceError, NinerankError
 from ninerank.features.spec import FeatureSpec
 from ninerank.features.transform import Transform
 from ninerank.predictor.bundle import export_bundle
+from ninerank.predictor.call import Call
 from ninerank.predictor.client import PredictorClient, build_request
+from ninerank.predictor.eventloop import on_loop
 from ninerank.predictor.requestlog import read_log
-from ninerank.predictor.server import PredictorServer, ServeConfig
-from ninerank.predictor.service import Call, default_item_key
+from ninerank.predictor.serveconfig import ServeConfig
+from ninerank.predictor.server import PredictorServer
+from ninerank.predictor.service import default_item_key
 from ninerank.predictor.wire import encode_column
 from ninerank.proto.v1 import predictor_pb2 as pb
 from ninerank.towers.config import parse_model
@@ -518,9 +521,9 @@ def test_a_port_in_use_is_named(served: Served, bundle_dir: Path) -> None:
 
 
 def test_random_and_changed_bytes_are_answered_or_refused(served: Served) -> None:
-    """Straight to the service, where anything but a NinerankError would be a fault of ours."""
+    """Straight to the front, where anything but a NinerankError would be a fault of ours."""
     rng = random.Random(0)
-    service = served.server.service
+    front = served.server.front
     sound = [
         message.SerializeToString()
         for message in (
@@ -539,7 +542,7 @@ def test_random_and_changed_bytes_are_answered_or_refused(served: Served) -> Non
                 changed[rng.randrange(len(changed))] = rng.randrange(256)
             data = bytes(changed[: rng.choice([len(changed)] * 5 + [rng.randrange(len(changed))])])
         try:
-            response = pb.RankResponse.FromString(service.rank(data, Call(time.perf_counter_ns())))
+            response = pb.RankResponse.FromString(on_loop(front.rank(data, Call(time.perf_counter_ns()))))
         except NinerankError:
             refused += 1
             continue

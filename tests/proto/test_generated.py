@@ -53,7 +53,7 @@ def test_field_numbers_never_change() -> None:
     known = {
         "RankRequest": {
             "request_id": 1, "model_name": 2, "model_version": 3, "user": 4, "num_candidates": 5, "candidate_ids": 6,
-            "item_features": 7, "top_k": 8, "timeout_ms": 9,
+            "item_features": 7, "top_k": 8, "timeout_ms": 9, "tasks": 10, "explain_top": 11, "priority": 12, "session": 13,
         },
         "Column": {
             "name": 1, "int64_values": 2, "float32_values": 3, "float64_values": 4, "string_values": 5, "list_offsets": 6,
@@ -62,7 +62,26 @@ def test_field_numbers_never_change() -> None:
         "Strings": {"data": 1, "offsets": 2},
         "RankResponse": {
             "request_id": 1, "model_name": 2, "model_version": 3, "scores": 4, "order": 5, "tasks": 6, "timings": 7, "defaults": 8,
+            "explanations": 10,
         },
+        "Explanations": {"features": 1, "candidates": 2, "contributions": 3, "baselines": 4},
+        "RankStreamResponse": {"response": 1, "error": 2},
+        "Error": {"request_id": 1, "code": 2, "message": 3, "retry_after_ms": 4},
+        "ScoreRequest": {
+            "request_id": 1, "model_name": 2, "model_version": 3, "num_rows": 4, "features": 5, "timeout_ms": 6, "tasks": 7, "priority": 8,
+        },
+        "ScoreResponse": {
+            "request_id": 1, "model_name": 2, "model_version": 3, "tasks": 4, "timings": 5, "defaults": 6,
+        },
+        "ModelStatusRequest": {"model_name": 1, "model_version": 2},
+        "ModelStatusResponse": {"models": 1},
+        "ModelVersion": {
+            "name": 1, "version": 2, "state": 3, "spec_digest": 4, "tasks": 5, "loaded_at_s": 6, "leases": 7, "reason": 8,
+        },
+        "LoadModelRequest": {"model_name": 1, "model_version": 2},
+        "LoadModelResponse": {"model": 1},
+        "UnloadModelRequest": {"model_name": 1, "model_version": 2},
+        "UnloadModelResponse": {"model": 1},
         "TaskScores": {"name": 1, "scores": 2},
         "Timings": {
             "queue_us": 1, "decode_us": 2, "cache_us": 3, "transform_us": 4, "lookup_us": 5, "compute_us": 6, "total_us": 7,
@@ -75,5 +94,5 @@ def test_field_numbers_never_change() -> None:
 
 
 def test_unknown_fields_of_a_newer_client_are_kept_and_ignored() -> None:
-    newer = predictor_pb2.RankRequest(num_candidates=3).SerializeToString() + b"\x52\x03abc"  # field 10, length-delimited
+    newer = predictor_pb2.RankRequest(num_candidates=3).SerializeToString() + b"\xca\x3e\x03abc"  # field 1001, length-delimited
     assert predictor_pb2.RankRequest.FromString(newer).num_candidates == 3

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from ninerank.predictor.server import Ports, PredictorServer
+    from ninerank.predictor.serveconfig import Ports
+    from ninerank.predictor.server import PredictorServer
 
 
 def run(
@@ -23,7 +24,7 @@ def run(
     log_dir: Annotated[Path | None, typer.Option("--log", help="Directory of the request log (Parquet), for `ninerank replay`.")] = None,
     log_sample: Annotated[float, typer.Option(min=0, max=1, help="Share of requests that are logged.")] = 1.0,
     log_seconds: Annotated[float, typer.Option(min=0.1, help="Close a log file after this many seconds.")] = 60.0,
-    workers: Annotated[int, typer.Option(min=1, max=256, help="Requests computed at once, by one thread each.")] = 2,
+    workers: Annotated[int, typer.Option(min=0, max=256, help="Threads that compute; 0: the event loop does.")] = 2,
     max_pending: Annotated[int, typer.Option(min=1, help="Requests taken in at once; the next one is refused.")] = 256,
     max_candidates: Annotated[int, typer.Option(min=1, help="Candidates that a request may have.")] = 10_000,
     max_message_mb: Annotated[int, typer.Option(min=1, max=2047, help="Size that a request may have, in MB.")] = 16,
@@ -33,7 +34,8 @@ def run(
     precision: Annotated[str, typer.Option(help="fp32 or bf16: hidden layers of the graph, scores within 2e-3.")] = "fp32",
 ) -> None:
     """Serve a bundle over gRPC until SIGTERM or Ctrl-C, then finish what is under way."""
-    from ninerank.predictor.server import ServeConfig, serve
+    from ninerank.predictor.serveconfig import ServeConfig
+    from ninerank.predictor.server import serve
 
     config = ServeConfig.parse(
         {

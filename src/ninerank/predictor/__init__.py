@@ -3,7 +3,10 @@
     bundle.py manifest.py graph.py   what is served: a directory of files with checksums and golden scores
     engine.py request.py             RankInput -> RankOutput, in process
     cache.py requestlog.py           item features by id; a sampled log of what was asked and answered
-    wire.py service.py               RankRequest bytes -> RankResponse bytes
+    wire.py service.py explain.py    one model version's answers: RankRequest -> RankResponse
+    host.py                          which model version answers: leases, so that versions can come and go under load
+    call.py admission.py dispatch.py the bounded queue before the models, and what computes what it lets through
+    front.py status.py               calls as bytes, through queue and host; what a caller is told of a failure
     server.py client.py              gRPC around it
 
 Training and what lies below it never import this room; grpc is imported by `server` and `client` alone.

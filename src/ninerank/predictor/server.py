@@ -1,83 +1,56 @@
-"""The gRPC server around a `RankService`: statuses, limits, health, reflection, metrics and a graceful end."""
+"""The gRPC server around the `Front`: routes, statuses, limits, health, reflection, metrics and a graceful end."""
 
+import asyncio
 import logging
 import signal
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, TypeAlias
 
 import grpc
 import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from pydantic import Field
 
-from ninerank.config import Config
-from ninerank.errors import DataError, DeadlineError, DeviceError, NinerankError, OverloadError, RequestError, nearest
+from ninerank.errors import DataError, DeviceError, nearest
+from ninerank.predictor.admission import AdmissionQueue
 from ninerank.predictor.cache import FeatureCache, load_items
+from ninerank.predictor.call import Call, new_request_id
+from ninerank.predictor.dispatch import Dispatcher
 from ninerank.predictor.engine import Engine
-from ninerank.predictor.request import MAX_CANDIDATES
-from ninerank.predictor.requestlog import LogConfig, RequestLog
-from ninerank.predictor.service import Call, RankService, UnknownModelError, default_item_key, new_request_id
+from ninerank.predictor.eventloop import event_loop, on_loop
+from ninerank.predictor.front import Front
+from ninerank.predictor.host import SingleModel
+from ninerank.predictor.requestlog import RequestLog
+from ninerank.predictor.serveconfig import MAX_GRPC_BYTES, Ports, ServeConfig
+from ninerank.predictor.service import RankService, default_item_key
+from ninerank.predictor.status import refusal
 from ninerank.predictor.telemetry import Telemetry
 from ninerank.proto.v1 import predictor_pb2 as pb
 
-__all__ = ["PredictorServer", "ServeConfig", "serve"]
+__all__ = ["PredictorServer", "serve"]
 
 log = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Predictor"].full_name
 REQUEST_ID_KEY = "ninerank-request-id"
+RETRY_AFTER_KEY = "grpc-retry-pushback-ms"
+"""gRPC's own name for it: a client with a retry policy keeps to it without being told."""
 HEADROOM = 2
-MAX_GRPC_BYTES = (1 << 31) - 1
-MAX_MESSAGE_LENGTH = 1_000  # of an error: it travels in a header, and peers bound these
-# The first class that fits decides.
-_STATUS: tuple[tuple[type[NinerankError], grpc.StatusCode], ...] = (
-    (UnknownModelError, grpc.StatusCode.NOT_FOUND),
-    (RequestError, grpc.StatusCode.INVALID_ARGUMENT),
-    (DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED),
-    (OverloadError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+OPTIONS = (
+    ("grpc.so_reuseport", 0),
+    # A client that died without a word is noticed within a minute; one that pings more often than every 5 s is told to stop.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    # Compressed messages are refused: they cost more time than they save within a data centre, and a few bytes may become gigabytes.
+    ("grpc.compression_enabled_algorithms_bitset", 1),
 )
-
-
-class ServeConfig(Config):
-    """How a server listens and what it bounds. A port of 0 takes a free one.
-
-    workers: requests computed at once, each by one thread. max_pending: requests taken in at once, those being computed among them;
-    the next one is answered RESOURCE_EXHAUSTED. drain_s: how long the end waits for requests under way.
-    item_key: column that candidate ids stand for, in the items file too (default: the item id of which the spec has sequences, else
-    `item_id` or `item`).
-    """
-
-    host: str = "127.0.0.1"
-    port: int = Field(default=50051, ge=0, le=65535)
-    metrics_port: int | None = Field(default=None, ge=0, le=65535)
-    device: str = "auto"
-    backend: str = "auto"
-    precision: Literal["fp32", "bf16"] = "fp32"
-    workers: int = Field(default=2, ge=1, le=256)
-    max_pending: int = Field(default=256, ge=1)
-    max_message_bytes: int = Field(default=16 << 20, ge=1024, le=MAX_GRPC_BYTES)
-    max_candidates: int = Field(default=MAX_CANDIDATES, ge=1)
-    items: Path | None = None
-    item_key: str | None = None
-    cache_bytes: int = Field(default=1 << 30, ge=1)
-    log_dir: Path | None = None
-    log: LogConfig = LogConfig()
-    drain_s: float = Field(default=10.0, ge=0, allow_inf_nan=False)
-
-
-@dataclass(frozen=True)
-class Ports:
-    """Where the server listens. metrics: None where there is no /metrics."""
-
-    grpc: int
-    metrics: int | None
+Method: TypeAlias = Callable[[bytes, Call], Awaitable[bytes]]
 
 
 class PredictorServer:
@@ -99,25 +72,16 @@ class PredictorServer:
             items=self.cache,
             item_key=config.item_key,
             request_log=self.log,
+        )
+        self.host = SingleModel(self.service)
+        self.queue = AdmissionQueue(config.max_pending, max(config.workers, 1))
+        self.front = Front(
+            self.host,
+            Dispatcher(self.queue, config.workers, event_loop()),
+            max_message_bytes=config.max_message_bytes,
             max_candidates=config.max_candidates,
         )
-        self._pool = _TimedPool(config.workers, thread_name_prefix="rank")
-        self._health = health.HealthServicer()
-        self._server = grpc.server(
-            self._pool,
-            maximum_concurrent_rpcs=config.max_pending,
-            interceptors=[_Arrivals(self.telemetry)],
-            options=[
-                # Up to here a request is refused by `_rank`, which counts it; gRPC refuses what is larger still before anybody hears of it.
-                ("grpc.max_receive_message_length", min(HEADROOM * config.max_message_bytes, MAX_GRPC_BYTES)),
-                ("grpc.max_send_message_length", config.max_message_bytes),
-                ("grpc.so_reuseport", 0),
-            ],
-        )
-        handler = grpc.unary_unary_rpc_method_handler(self._rank)
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Rank": handler}),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        on_loop(self._build())
 
     def start(self) -> Ports:
         """Listen and answer; raises DeviceError where a port cannot be had."""
@@ -129,92 +93,93 @@ class PredictorServer:
             if self.config.metrics_port is not None:
                 metrics = self.telemetry.listen(self.config.host, self.config.metrics_port)
             wanted = address
-            port = self._server.add_insecure_port(address)
+            port = on_loop(self._listen(address))
         except (OSError, RuntimeError) as error:
             self.stop(0)
             raise DeviceError(f"cannot listen on {wanted}: it is in use or no address of this machine; port 0 takes a free one") from error
-        self._server.start()
-        self._set_health(health_pb2.HealthCheckResponse.SERVING)
         return Ports(port, metrics)
 
     def stop(self, grace_s: float | None = None) -> None:
         """Refuse new requests, give those under way `grace_s` (default: drain_s) seconds, write the log."""
-        self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        self._server.stop(self.config.drain_s if grace_s is None else grace_s).wait()
-        self._pool.shutdown()
+        on_loop(self._end(self.config.drain_s if grace_s is None else grace_s))
+        self.front.dispatcher.close()
+        self.host.close()
         if self.log is not None:
             self.log.close()
         self.telemetry.close()
 
-    def _set_health(self, status: Any) -> None:
+    async def _build(self) -> None:
+        limit = self.config.max_message_bytes
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._server = grpc.aio.server(
+            options=[
+                # Up to here a request is refused by the front, which counts it; gRPC refuses what is larger still unheard.
+                ("grpc.max_receive_message_length", min(HEADROOM * limit, MAX_GRPC_BYTES)),
+                ("grpc.max_send_message_length", limit),
+                *OPTIONS,
+            ],
+        )
+        methods = {"Rank": self.front.rank, "Score": self.front.score, "ModelStatus": self.front.model_status}
+        self._server.add_generic_rpc_handlers((_Routes(SERVICE, methods, self.telemetry),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+
+    async def _listen(self, address: str) -> int:
+        port = self._server.add_insecure_port(address)
+        await self._server.start()
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        return port
+
+    async def _end(self, grace_s: float) -> None:
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._server.stop(grace_s)
+
+    async def _set_health(self, status: Any) -> None:
         for name in ("", SERVICE):
-            self._health.set(name, status)
-
-    def _rank(self, data: bytes, context: grpc.ServicerContext) -> bytes:
-        """gRPC hands over bytes, not a message, so that a message that is none is answered as a wrong request."""
-        # Without a deadline gRPC says that years remain.
-        deadline_ns = time.perf_counter_ns() + int(min(context.time_remaining(), 1e9) * 1e9)
-        call = Call(self._pool.submitted_ns(), deadline_ns, new_request_id())
-        if not context.is_active():  # the client left while the call waited for a worker
-            self.telemetry.requests.labels(grpc.StatusCode.CANCELLED.name).inc()
-            context.abort(grpc.StatusCode.CANCELLED, "the call was cancelled")
-        try:
-            if len(data) > self.config.max_message_bytes:
-                size = f"the message has {len(data):,} bytes, {self.config.max_message_bytes:,} are allowed"
-                raise OverloadError(
-                    f"{size}: send fewer candidates or ids alone; `ninerank serve --max-message-mb` raises what the server takes"
-                )
-            answer = self.service.rank(data, call)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the server goes on
-            status, message = _refusal(error, call.request_id)
-        else:
-            self.telemetry.requests.labels(grpc.StatusCode.OK.name).inc()
-            return answer
-        self.telemetry.requests.labels(status.name).inc()
-        context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
-        context.abort(status, message)
-        raise AssertionError("abort raises")
+            await self._health.set(name, status)
 
 
-def _refusal(error: Exception, request_id: str) -> tuple[grpc.StatusCode, str]:
-    """Status and message for the client; of a fault of our own it learns the request id alone, the log has the rest."""
-    for kind, status in _STATUS:
-        if isinstance(error, kind):
-            text = str(error)
-            shown = text if len(text) <= MAX_MESSAGE_LENGTH else text[:MAX_MESSAGE_LENGTH] + "..."
-            return status, f"{shown} (request {request_id})"
-    log.error("request %s failed", request_id, exc_info=error)
-    return grpc.StatusCode.INTERNAL, f"internal error (request {request_id})"
+class _Routes(grpc.GenericRpcHandler):  # type: ignore[type-arg]
+    """Methods of one service, each from bytes to bytes, so that a message that is none is answered as a wrong request."""
 
-
-class _Arrivals(grpc.ServerInterceptor):  # type: ignore[type-arg]
-    """Counts rank calls as they arrive: those too that gRPC refuses itself, since too many wait or the message is far too large."""
-
-    def __init__(self, telemetry: Telemetry) -> None:
+    def __init__(self, service: str, methods: Mapping[str, Method], telemetry: Telemetry) -> None:
         self._telemetry = telemetry
+        self._handlers = {
+            f"/{service}/{name}": grpc.unary_unary_rpc_method_handler(self._answer(method)) for name, method in methods.items()
+        }
 
-    def intercept_service(self, continuation: Callable[[Any], Any], details: Any) -> Any:
-        if details.method == f"/{SERVICE}/Rank":
+    def service(self, details: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[Any, Any] | None":
+        """Handler of a call; counts those too that gRPC refuses itself, since the message is far too large."""
+        handler = self._handlers.get(details.method)
+        if handler is not None:
             self._telemetry.calls.inc()
-        return continuation(details)
+        return handler
 
+    def _answer(self, method: Method) -> Callable[[bytes, Any], Awaitable[bytes]]:
+        requests = self._telemetry.requests
+        ok = requests.labels(grpc.StatusCode.OK.name)
 
-class _TimedPool(ThreadPoolExecutor):
-    """Threads that know when the call they run was handed in, so that the wait for a thread can be told."""
+        async def answer(data: bytes, context: Any) -> bytes:
+            arrived_ns = time.perf_counter_ns()
+            left_s = context.time_remaining()
+            call = Call(arrived_ns, None if left_s is None else arrived_ns + int(left_s * 1e9), new_request_id())
+            try:
+                made = await method(data, call)
+            except asyncio.CancelledError:  # the client left
+                requests.labels(grpc.StatusCode.CANCELLED.name).inc()
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever it is, the server goes on
+                told = refusal(error, call.request_id)
+                requests.labels(told.status).inc()
+                trailing = [(REQUEST_ID_KEY, call.request_id)]
+                if told.retry_after_ms is not None:
+                    trailing.append((RETRY_AFTER_KEY, str(told.retry_after_ms)))
+                await context.abort(grpc.StatusCode[told.status], told.message, tuple(trailing))
+                raise AssertionError("abort raises") from None
+            ok.inc()
+            return made
 
-    _own = threading.local()
-
-    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
-        return super().submit(self._run, time.perf_counter_ns(), function, args, kwargs)
-
-    def _run(self, submitted_ns: int, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        self._own.submitted_ns = submitted_ns
-        return function(*args, **kwargs)
-
-    def submitted_ns(self) -> int:
-        """perf_counter at which the calling thread's call was handed in."""
-        submitted: int = self._own.submitted_ns
-        return submitted
+        return answer
 
 
 def _items(engine: Engine, config: ServeConfig) -> FeatureCache | None:

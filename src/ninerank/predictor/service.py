@@ -1,54 +1,39 @@
-"""One rank call, from the bytes of the request to the bytes of the answer; knows nothing of gRPC.
+"""The answers of one model version: from a request's message to the bytes of its answer; knows nothing of gRPC.
 
-    bytes -> RankRequest -> columns -> + cached item features -> RankInput -> engine -> RankResponse -> bytes
+    RankRequest -> columns -> + cached item features -> RankInput -> engine -> RankResponse -> bytes
 
-Shape legend: N candidates, T tasks.
+Computing is a generator (`Steps`) that yields between the parts of a very large request, so that others have their turn.
+
+Shape legend: N candidates, B rows, T tasks.
 """
 
-import re
-import secrets
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
-from google.protobuf.message import DecodeError
 
-from ninerank.errors import DeadlineError, RequestError
+from ninerank.errors import DataError, RequestError, nearest
 from ninerank.features.spec import FeatureSpec, IdFeature, SequenceFeature, Side
+from ninerank.predictor.admission import Steps
 from ninerank.predictor.cache import FeatureSource
+from ninerank.predictor.call import Call
 from ninerank.predictor.engine import Engine
-from ninerank.predictor.request import MAX_CANDIDATES, RankInput, RankOutput, check_num_candidates
+from ninerank.predictor.explain import explain
+from ninerank.predictor.request import RankInput, RankOutput, StageTimes
 from ninerank.predictor.requestlog import LoggedRequest, RequestLog
 from ninerank.predictor.telemetry import Telemetry
 from ninerank.predictor.wire import decode_column
 from ninerank.proto.v1 import predictor_pb2 as pb
 
-__all__ = ["Call", "RankService", "UnknownModelError", "default_item_key", "new_request_id"]
+__all__ = ["RankService", "default_item_key"]
 
 ITEM_ID_NAMES = ("item_id", "item")
-_REQUEST_ID = re.compile(r"[!-~]{1,128}")
-
-
-class UnknownModelError(RequestError):
-    """The request names a model or version that is not served; gRPC NOT_FOUND."""
-
-
-@dataclass
-class Call:
-    """What is known of one call while it runs. arrived_ns: perf_counter. deadline_ns: perf_counter, None without a deadline."""
-
-    arrived_ns: int
-    deadline_ns: int | None = None
-    request_id: str = ""
-
-    def check_deadline(self) -> None:
-        """Raise DeadlineError if an answer would come too late."""
-        if self.deadline_ns is not None:
-            late_ns = time.perf_counter_ns() - self.deadline_ns
-            if late_ns >= 0:
-                raise DeadlineError(f"the deadline passed {late_ns / 1e6:.1f} ms ago, before the request was computed")
+MAX_EXPLAINED = 100
+PART_ROWS = 2_048
+"""Rows that are computed in one turn: a few milliseconds, which others can wait."""
 
 
 def default_item_key(spec: FeatureSpec) -> str | None:
@@ -59,8 +44,21 @@ def default_item_key(spec: FeatureSpec) -> str | None:
     return likely[0] if likely else None
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A rank request as columns. missing: those that nobody sent. unknown: candidates that the cache does not know."""
+
+    input: RankInput
+    ids: pa.Array | None
+    user_missing: tuple[str, ...]
+    item_missing: tuple[str, ...]
+    unknown: Sequence[int]
+    decoded_ns: int
+    cached_ns: int
+
+
 class RankService:
-    """Answers rank calls with one engine; `rank` may be called from any number of threads at once.
+    """Answers calls with one engine, from any number of threads at once.
 
     items: where candidate ids are looked up. item_key: column that candidate ids stand for where there is no `items`.
     """
@@ -73,7 +71,6 @@ class RankService:
         items: FeatureSource | None = None,
         item_key: str | None = None,
         request_log: RequestLog | None = None,
-        max_candidates: int = MAX_CANDIDATES,
     ) -> None:
         self.engine = engine
         self.telemetry = telemetry
@@ -81,87 +78,112 @@ class RankService:
         self._item_columns = frozenset(engine.schema.item.names)
         self._item_key = item_key or default_item_key(engine.spec)
         self._log = request_log
-        self._max_candidates = max_candidates
 
-    def rank(self, data: bytes, call: Call) -> bytes:
-        """Serialised RankResponse to a serialised RankRequest.
-
-        Raises RequestError, UnknownModelError or DeadlineError; `call.request_id` names the request from then on.
-        """
+    def rank(self, request: pb.RankRequest, call: Call) -> Steps:
+        """Serialised RankResponse to a RankRequest; raises RequestError or DeadlineError."""
         started_ns = time.perf_counter_ns()
-        request = self._parse(data, call)
-        user, user_missing = self._user(request)
-        count = request.num_candidates
-        ids, given = self._candidates(request)
-        decoded_ns = time.perf_counter_ns()
         call.check_deadline()
-        items, item_missing, unknown = self._complete(ids, given, count)
-        cached_ns = time.perf_counter_ns()
-        call.check_deadline()
-        rank_input = RankInput(user, items)
-        output = self.engine.rank(rank_input, request.top_k)
-        response = self._response(call, output)
-        response.defaults.user_columns.extend(user_missing)
-        response.defaults.item_columns.extend(item_missing)
-        response.defaults.unknown_candidates.extend(unknown)
-        times_us = {
-            "queue": (started_ns - call.arrived_ns) // 1000,
-            "decode": (decoded_ns - started_ns) // 1000,
-            "cache": (cached_ns - decoded_ns) // 1000,
-            "transform": output.times.transform_us,
-            "lookup": output.times.lookup_us,
-            "compute": output.times.compute_us,
-            "total": (time.perf_counter_ns() - call.arrived_ns) // 1000,
-        }
+        tasks = self._tasks(request.tasks)
+        if request.explain_top > MAX_EXPLAINED:
+            raise RequestError(f"explain_top is {request.explain_top}, at most {MAX_EXPLAINED} candidates are explained")
+        _check_propensities(request)
+        asked = self._columns(request, call)
+        if request.num_candidates <= PART_ROWS:
+            output = self.engine.rank(asked.input, request.top_k)
+        else:
+            output = yield from self._rank_parts(asked.input, request.top_k)
+        if tasks and tasks[0]:
+            order = np.argsort(-output.scores_NT[:, tasks[0]], kind="stable")
+            output = replace(output, order=order[: request.top_k] if request.top_k else order)
+        response = self._response(call, output, tasks)
+        response.defaults.user_columns.extend(asked.user_missing)
+        response.defaults.item_columns.extend(asked.item_missing)
+        response.defaults.unknown_candidates.extend(asked.unknown)
+        if request.explain_top:
+            yield from self._explain(response, asked.input, output, tasks[0] if tasks else 0, request.explain_top)
+        times_us = self._times_us(call, started_ns, asked.decoded_ns, asked.cached_ns, output.times)
         if self._log is not None:
-            logged_ids = given.get(self._item_key or "") if ids is None else ids
-            self._write_log(call, request, logged_ids, rank_input, output, (*user_missing, *item_missing), tuple(unknown), times_us)
-        for stage, value in times_us.items():
-            setattr(response.timings, f"{stage}_us", min(max(value, 0), 0xFFFFFFFF))
-        self._observe(count, times_us, (*user_missing, *item_missing), len(unknown))
+            self._write_log(call, request, asked, output, times_us)
+        _set_timings(response.timings, times_us)
+        self._observe(request.num_candidates, times_us, (*asked.user_missing, *asked.item_missing), len(asked.unknown))
         answer: bytes = response.SerializeToString()
         return answer
 
-    def _parse(self, data: bytes, call: Call) -> pb.RankRequest:
-        try:
-            request = pb.RankRequest.FromString(data)
-        except DecodeError:
-            raise RequestError("the message is no ninerank.v1.RankRequest") from None
-        if request.request_id and not _REQUEST_ID.fullmatch(request.request_id):
-            raise RequestError("request_id must be 1 to 128 printable ASCII characters without spaces")
-        call.request_id = request.request_id or call.request_id
-        if request.timeout_ms:
-            deadline_ns = call.arrived_ns + request.timeout_ms * 1_000_000
-            call.deadline_ns = deadline_ns if call.deadline_ns is None else min(deadline_ns, call.deadline_ns)
+    def score(self, request: pb.ScoreRequest, call: Call) -> Steps:
+        """Serialised ScoreResponse to a ScoreRequest; raises RequestError or DeadlineError."""
+        started_ns = time.perf_counter_ns()
         call.check_deadline()
+        tasks = self._tasks(request.tasks)
+        rows, user_missing, item_missing = self._rows(request)
+        decoded_ns = time.perf_counter_ns()
+        call.check_deadline()
+        scores_BT = yield from self.score_rows(rows)
         manifest = self.engine.manifest
-        if request.model_name not in {"", manifest.model_name}:
-            raise UnknownModelError(f"model {request.model_name[:100]!r} is not served here; served: {manifest.model_name}")
-        if request.model_version not in {"", manifest.model_version}:
-            raise UnknownModelError(f"version {request.model_version[:100]!r} is not served here; served: {manifest.model_version}")
-        check_num_candidates(request.num_candidates, self._max_candidates)
-        self._check_propensities(request)
-        return request
+        response = pb.ScoreResponse(request_id=call.request_id, model_name=manifest.model_name, model_version=manifest.model_version)
+        for task in tasks or range(len(manifest.tasks)):
+            response.tasks.add(name=manifest.tasks[task], scores=scores_BT[:, task].tolist())
+        response.defaults.user_columns.extend(user_missing)
+        response.defaults.item_columns.extend(item_missing)
+        computed = StageTimes(0, 0, (time.perf_counter_ns() - decoded_ns) // 1000)
+        times_us = self._times_us(call, started_ns, decoded_ns, decoded_ns, computed)
+        _set_timings(response.timings, times_us)
+        self._observe(request.num_rows, times_us, (*user_missing, *item_missing), 0)
+        answer: bytes = response.SerializeToString()
+        return answer
 
-    def _check_propensities(self, request: pb.RankRequest) -> None:
-        given = np.array(request.propensities)
-        if len(given) not in {0, request.num_candidates}:
-            raise RequestError(f"propensities holds {len(given)} numbers, one a candidate is needed: {request.num_candidates}")
-        wrong_N = ~((given > 0) & (given <= 1))
-        if wrong_N.any():
-            index = int(wrong_N.argmax())
-            raise RequestError(f"propensities: {given[index]:g} of candidate {index}; a chance above 0 and at most 1 is needed")
+    def score_rows(self, rows: pa.RecordBatch) -> Generator[None, None, npt.NDArray[np.float32]]:
+        """scores_BT of rows that have all the spec's columns; raises RequestError for bad values."""
+        parts = []
+        for start in range(0, rows.num_rows, PART_ROWS):
+            if start:
+                yield
+            try:
+                parts.append(self.engine.score(rows.slice(start, PART_ROWS)))
+            except DataError as error:
+                raise RequestError(str(error)) from None
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _user(self, request: pb.RankRequest) -> tuple[pa.RecordBatch, tuple[str, ...]]:
-        return self.engine.schema.conform("request", self._decode("request", request.user, 1), 1)
+    def _rank_parts(self, rank_input: RankInput, top_k: int) -> Generator[None, None, RankOutput]:
+        """What `Engine.rank` gives, part by part of the candidates."""
+        outputs = []
+        for start in range(0, rank_input.items.num_rows, PART_ROWS):
+            if start:
+                yield
+            outputs.append(self.engine.rank(RankInput(rank_input.user, rank_input.items.slice(start, PART_ROWS))))
+        scores_NT = np.concatenate([output.scores_NT for output in outputs])
+        order = np.argsort(-scores_NT[:, 0], kind="stable")
+        times = StageTimes(
+            sum(output.times.transform_us for output in outputs),
+            sum(output.times.lookup_us for output in outputs),
+            sum(output.times.compute_us for output in outputs),
+        )
+        return RankOutput(scores_NT, order[:top_k] if top_k else order, times)
 
-    def _candidates(self, request: pb.RankRequest) -> tuple[pa.Array | None, dict[str, pa.Array]]:
-        ids = decode_column(request.candidate_ids, request.num_candidates) if request.HasField("candidate_ids") else None
+    def _tasks(self, names: Sequence[str]) -> list[int]:
+        """Positions of the tasks asked for; empty: none was named."""
+        tasks = self.engine.manifest.tasks
+        for name in names:
+            if name not in tasks:
+                raise RequestError(f"unknown task {name[:100]!r}; {nearest(name[:100], tasks)}")
+        return [tasks.index(name) for name in dict.fromkeys(names)]
+
+    def _columns(self, request: pb.RankRequest, call: Call) -> _Asked:
+        schema, count = self.engine.schema, request.num_candidates
+        user, user_missing = schema.conform("request", self._decode("request", request.user, 1), 1)
+        ids = decode_column(request.candidate_ids, count) if request.HasField("candidate_ids") else None
         if ids is not None and pa.types.is_list(ids.type):
             raise RequestError("candidate_ids holds lists, one id a candidate is needed")
-        if ids is None and not request.item_features and len(self.engine.schema.item):
+        if ids is None and not request.item_features and len(schema.item):
             raise RequestError("neither candidate_ids nor item_features are set, one of them is needed")
-        return ids, self._decode("item", request.item_features, request.num_candidates)
+        given = self._decode("item", request.item_features, count)
+        decoded_ns = time.perf_counter_ns()
+        call.check_deadline()
+        columns, unknown = self._complete(ids, given)
+        items, item_missing = schema.conform("item", columns, count)
+        cached_ns = time.perf_counter_ns()
+        call.check_deadline()
+        logged_ids = given.get(self._item_key or "") if ids is None else ids
+        return _Asked(RankInput(user, items), logged_ids, user_missing, item_missing, unknown, decoded_ns, cached_ns)
 
     def _decode(self, side: Side, columns: Iterable[pb.Column], num_rows: int) -> dict[str, pa.Array]:
         decoded: dict[str, pa.Array] = {}
@@ -173,40 +195,62 @@ class RankService:
             decoded[column.name] = decode_column(column, num_rows)
         return decoded
 
-    def _complete(self, ids: pa.Array | None, given: dict[str, pa.Array], count: int) -> tuple[pa.RecordBatch, tuple[str, ...], list[int]]:
-        """Item columns of request and cache together, those in neither, and the candidates that the cache does not know."""
-        columns, unknown = given, []
+    def _complete(self, ids: pa.Array | None, given: dict[str, pa.Array]) -> tuple[dict[str, pa.Array], Sequence[int]]:
+        """Item columns of request and cache together, and the candidates that the cache does not know."""
         wanted = self._item_columns
-        if ids is not None and not wanted <= given.keys():
-            if self._items is not None:
-                rows = self._items.fetch(ids)
-                columns = {**{name: array for name, array in rows.columns.items() if name in wanted}, **given}
-                unknown = (~rows.known_N).nonzero()[0].tolist()
-            elif self._item_key is not None and self._item_key not in given:
-                columns = {**given, self._item_key: ids}
-        return *self.engine.schema.conform("item", columns, count), unknown
+        if ids is None or wanted <= given.keys():
+            return given, ()
+        if self._items is not None:
+            rows = self._items.fetch(ids)
+            known = {name: array for name, array in rows.columns.items() if name in wanted}
+            return {**known, **given}, (~rows.known_N).nonzero()[0].tolist()
+        if self._item_key is not None and self._item_key not in given:
+            return {**given, self._item_key: ids}, ()
+        return given, ()
 
-    def _response(self, call: Call, output: RankOutput) -> pb.RankResponse:
+    def _rows(self, request: pb.ScoreRequest) -> tuple[pa.RecordBatch, tuple[str, ...], tuple[str, ...]]:
+        """Rows with all the spec's columns, and the request-level and item columns that were left out."""
+        schema, count = self.engine.schema, request.num_rows
+        request_columns = dict.fromkeys(schema.request.names)
+        sides: dict[Side, list[pb.Column]] = {"request": [], "item": []}
+        for column in request.features:
+            if column.name in request_columns:
+                sides["request"].append(column)
+                if column.name not in self._item_columns:
+                    continue
+            elif column.name not in self._item_columns:
+                raise RequestError(
+                    f"unknown feature {column.name[:100]!r}; {nearest(column.name[:100], [*request_columns, *self._item_columns])}"
+                )
+            sides["item"].append(column)
+        user, user_missing = schema.conform("request", self._decode("request", sides["request"], count), count)
+        items, item_missing = schema.conform("item", self._decode("item", sides["item"], count), count)
+        columns = dict(zip(user.schema.names, user.columns, strict=True)) | dict(zip(items.schema.names, items.columns, strict=True))
+        return pa.RecordBatch.from_pydict(columns), user_missing, item_missing
+
+    def _response(self, call: Call, output: RankOutput, tasks: list[int]) -> pb.RankResponse:
         manifest = self.engine.manifest
         response = pb.RankResponse(request_id=call.request_id, model_name=manifest.model_name, model_version=manifest.model_version)
-        response.scores.extend(output.scores_NT[:, 0].tolist())
+        response.scores.extend(output.scores_NT[:, tasks[0] if tasks else 0].tolist())
         response.order.extend(output.order.tolist())
         if len(manifest.tasks) > 1:
-            for task, name in enumerate(manifest.tasks):
-                response.tasks.add(name=name, scores=output.scores_NT[:, task].tolist())
+            for task in tasks or range(len(manifest.tasks)):
+                response.tasks.add(name=manifest.tasks[task], scores=output.scores_NT[:, task].tolist())
         return response
 
-    def _write_log(
-        self,
-        call: Call,
-        request: pb.RankRequest,
-        ids: pa.Array | None,
-        rank_input: RankInput,
-        output: RankOutput,
-        defaulted: tuple[str, ...],
-        unknown: tuple[int, ...],
-        times_us: dict[str, int],
-    ) -> None:
+    def _explain(
+        self, response: pb.RankResponse, rank_input: RankInput, output: RankOutput, task: int, top: int
+    ) -> Generator[None, None, None]:
+        order = output.order if len(output.order) >= top else np.argsort(-output.scores_NT[:, task], kind="stable")
+        chosen_K = order[:top]
+        explained = yield from explain(self.engine, rank_input, chosen_K, output.scores_NT[chosen_K, task], task)
+        message = response.explanations
+        message.features.extend(explained.features)
+        message.candidates.extend(chosen_K.tolist())
+        message.contributions.extend(explained.contributions_KF.reshape(-1).tolist())
+        message.baselines.extend(explained.baseline_K.tolist())
+
+    def _write_log(self, call: Call, request: pb.RankRequest, asked: _Asked, output: RankOutput, times_us: dict[str, int]) -> None:
         assert self._log is not None
         manifest = self.engine.manifest
         self._log.write(
@@ -216,15 +260,27 @@ class RankService:
                 model_name=manifest.model_name,
                 model_version=manifest.model_version,
                 spec_digest=manifest.spec_digest,
-                candidate_ids=ids,
-                input=rank_input,
+                candidate_ids=asked.ids,
+                input=asked.input,
                 scores_NT=output.scores_NT,
                 propensity_N=np.array(request.propensities) if request.propensities else None,
-                defaulted=defaulted,
-                unknown=unknown,
+                defaulted=(*asked.user_missing, *asked.item_missing),
+                unknown=tuple(asked.unknown),
                 times_us=times_us,
             )
         )
+
+    @staticmethod
+    def _times_us(call: Call, started_ns: int, decoded_ns: int, cached_ns: int, times: StageTimes) -> dict[str, int]:
+        return {
+            "queue": (started_ns - call.arrived_ns) // 1000,
+            "decode": (decoded_ns - started_ns) // 1000,
+            "cache": (cached_ns - decoded_ns) // 1000,
+            "transform": times.transform_us,
+            "lookup": times.lookup_us,
+            "compute": times.compute_us,
+            "total": (time.perf_counter_ns() - call.arrived_ns) // 1000,
+        }
 
     def _observe(self, count: int, times_us: dict[str, int], defaulted: tuple[str, ...], unknown: int) -> None:
         telemetry = self.telemetry
@@ -236,6 +292,18 @@ class RankService:
             telemetry.unknown_candidates.inc(unknown)
 
 
-def new_request_id() -> str:
-    """A request id for a client that sent none."""
-    return secrets.token_hex(8)
+def _set_timings(timings: pb.Timings, times_us: dict[str, int]) -> None:
+    for stage, value in times_us.items():
+        setattr(timings, f"{stage}_us", min(max(value, 0), 0xFFFFFFFF))
+
+
+def _check_propensities(request: pb.RankRequest) -> None:
+    if not request.propensities:
+        return
+    given = np.array(request.propensities)
+    if len(given) != request.num_candidates:
+        raise RequestError(f"propensities holds {len(given)} numbers, one a candidate is needed: {request.num_candidates}")
+    wrong_N = ~((given > 0) & (given <= 1))
+    if wrong_N.any():
+        index = int(wrong_N.argmax())
+        raise RequestError(f"propensities: {given[index]:g} of candidate {index}; a chance above 0 and at most 1 is needed")

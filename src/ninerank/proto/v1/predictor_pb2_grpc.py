@@ -5,7 +5,7 @@ import warnings
 
 from ninerank.proto.v1 import predictor_pb2 as ninerank_dot_v1_dot_predictor__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.80.0'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -25,7 +25,7 @@ if _version_not_supported:
     )
 
 
-class PredictorStub:
+class PredictorStub(object):
     """Missing associated documentation comment in .proto file."""
 
     def __init__(self, channel):
@@ -39,9 +39,24 @@ class PredictorStub:
                 request_serializer=ninerank_dot_v1_dot_predictor__pb2.RankRequest.SerializeToString,
                 response_deserializer=ninerank_dot_v1_dot_predictor__pb2.RankResponse.FromString,
                 _registered_method=True)
+        self.RankStream = channel.stream_stream(
+                '/ninerank.v1.Predictor/RankStream',
+                request_serializer=ninerank_dot_v1_dot_predictor__pb2.RankRequest.SerializeToString,
+                response_deserializer=ninerank_dot_v1_dot_predictor__pb2.RankStreamResponse.FromString,
+                _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/ninerank.v1.Predictor/Score',
+                request_serializer=ninerank_dot_v1_dot_predictor__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=ninerank_dot_v1_dot_predictor__pb2.ScoreResponse.FromString,
+                _registered_method=True)
+        self.ModelStatus = channel.unary_unary(
+                '/ninerank.v1.Predictor/ModelStatus',
+                request_serializer=ninerank_dot_v1_dot_predictor__pb2.ModelStatusRequest.SerializeToString,
+                response_deserializer=ninerank_dot_v1_dot_predictor__pb2.ModelStatusResponse.FromString,
+                _registered_method=True)
 
 
-class PredictorServicer:
+class PredictorServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Rank(self, request, context):
@@ -50,6 +65,28 @@ class PredictorServicer:
         INVALID_ARGUMENT: the request is wrong (the message says what, the value and what is allowed).
         RESOURCE_EXHAUSTED: too many requests wait, or the message is too large. DEADLINE_EXCEEDED: no time left.
         NOT_FOUND: no such model or version. INTERNAL: our fault; the message names the request id only.
+        Where trying again is of use, the trailing metadata `grpc-retry-pushback-ms` says after how many milliseconds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RankStream(self, request_iterator, context):
+        """Many requests over one stream, answered as they are done, by request_id. A request that is refused is one answer of the stream.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Score(self, request, context):
+        """Scores rows that hold user and item features side by side, as a log has them. Statuses as for Rank.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ModelStatus(self, request, context):
+        """Models and versions that are loading, ready, draining or were refused.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -63,6 +100,21 @@ def add_PredictorServicer_to_server(servicer, server):
                     request_deserializer=ninerank_dot_v1_dot_predictor__pb2.RankRequest.FromString,
                     response_serializer=ninerank_dot_v1_dot_predictor__pb2.RankResponse.SerializeToString,
             ),
+            'RankStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.RankStream,
+                    request_deserializer=ninerank_dot_v1_dot_predictor__pb2.RankRequest.FromString,
+                    response_serializer=ninerank_dot_v1_dot_predictor__pb2.RankStreamResponse.SerializeToString,
+            ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=ninerank_dot_v1_dot_predictor__pb2.ScoreRequest.FromString,
+                    response_serializer=ninerank_dot_v1_dot_predictor__pb2.ScoreResponse.SerializeToString,
+            ),
+            'ModelStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.ModelStatus,
+                    request_deserializer=ninerank_dot_v1_dot_predictor__pb2.ModelStatusRequest.FromString,
+                    response_serializer=ninerank_dot_v1_dot_predictor__pb2.ModelStatusResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'ninerank.v1.Predictor', rpc_method_handlers)
@@ -71,7 +123,7 @@ def add_PredictorServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class Predictor:
+class Predictor(object):
     """Missing associated documentation comment in .proto file."""
 
     @staticmethod
@@ -91,6 +143,213 @@ class Predictor:
             '/ninerank.v1.Predictor/Rank',
             ninerank_dot_v1_dot_predictor__pb2.RankRequest.SerializeToString,
             ninerank_dot_v1_dot_predictor__pb2.RankResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RankStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/ninerank.v1.Predictor/RankStream',
+            ninerank_dot_v1_dot_predictor__pb2.RankRequest.SerializeToString,
+            ninerank_dot_v1_dot_predictor__pb2.RankStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ninerank.v1.Predictor/Score',
+            ninerank_dot_v1_dot_predictor__pb2.ScoreRequest.SerializeToString,
+            ninerank_dot_v1_dot_predictor__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ModelStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ninerank.v1.Predictor/ModelStatus',
+            ninerank_dot_v1_dot_predictor__pb2.ModelStatusRequest.SerializeToString,
+            ninerank_dot_v1_dot_predictor__pb2.ModelStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class AdminStub(object):
+    """What changes the server; on a port of its own, with rights of its own.
+
+    FAILED_PRECONDITION: the server's models are fixed, or the version does not verify. NOT_FOUND: no such model or version.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.LoadModel = channel.unary_unary(
+                '/ninerank.v1.Admin/LoadModel',
+                request_serializer=ninerank_dot_v1_dot_predictor__pb2.LoadModelRequest.SerializeToString,
+                response_deserializer=ninerank_dot_v1_dot_predictor__pb2.LoadModelResponse.FromString,
+                _registered_method=True)
+        self.UnloadModel = channel.unary_unary(
+                '/ninerank.v1.Admin/UnloadModel',
+                request_serializer=ninerank_dot_v1_dot_predictor__pb2.UnloadModelRequest.SerializeToString,
+                response_deserializer=ninerank_dot_v1_dot_predictor__pb2.UnloadModelResponse.FromString,
+                _registered_method=True)
+
+
+class AdminServicer(object):
+    """What changes the server; on a port of its own, with rights of its own.
+
+    FAILED_PRECONDITION: the server's models are fixed, or the version does not verify. NOT_FOUND: no such model or version.
+    """
+
+    def LoadModel(self, request, context):
+        """Loads a version, checks and warms it, and serves it by the model's policy.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadModel(self, request, context):
+        """Takes a version out of service once the calls under way with it are done.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_AdminServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'LoadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadModel,
+                    request_deserializer=ninerank_dot_v1_dot_predictor__pb2.LoadModelRequest.FromString,
+                    response_serializer=ninerank_dot_v1_dot_predictor__pb2.LoadModelResponse.SerializeToString,
+            ),
+            'UnloadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadModel,
+                    request_deserializer=ninerank_dot_v1_dot_predictor__pb2.UnloadModelRequest.FromString,
+                    response_serializer=ninerank_dot_v1_dot_predictor__pb2.UnloadModelResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'ninerank.v1.Admin', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('ninerank.v1.Admin', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Admin(object):
+    """What changes the server; on a port of its own, with rights of its own.
+
+    FAILED_PRECONDITION: the server's models are fixed, or the version does not verify. NOT_FOUND: no such model or version.
+    """
+
+    @staticmethod
+    def LoadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ninerank.v1.Admin/LoadModel',
+            ninerank_dot_v1_dot_predictor__pb2.LoadModelRequest.SerializeToString,
+            ninerank_dot_v1_dot_predictor__pb2.LoadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ninerank.v1.Admin/UnloadModel',
+            ninerank_dot_v1_dot_predictor__pb2.UnloadModelRequest.SerializeToString,
+            ninerank_dot_v1_dot_predictor__pb2.UnloadModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,51 @@
+"""How a server listens and what it bounds."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from ninerank.config import Config
+from ninerank.predictor.request import MAX_CANDIDATES
+from ninerank.predictor.requestlog import LogConfig
+
+__all__ = ["MAX_GRPC_BYTES", "Ports", "ServeConfig"]
+
+MAX_GRPC_BYTES = (1 << 31) - 1
+
+
+class ServeConfig(Config):
+    """A port of 0 takes a free one.
+
+    workers: threads that compute; 0: the event loop itself does, which is the fastest where nothing but the processor is waited for.
+    max_pending: requests taken in at once, those being computed among them; the next one is answered RESOURCE_EXHAUSTED. drain_s: how
+    long the end waits for requests under way.
+    item_key: column that candidate ids stand for, in the items file too (default: the item id of which the spec has sequences, else
+    `item_id` or `item`).
+    """
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=50051, ge=0, le=65535)
+    metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    device: str = "auto"
+    backend: str = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    workers: int = Field(default=2, ge=0, le=256)
+    max_pending: int = Field(default=256, ge=1)
+    max_message_bytes: int = Field(default=16 << 20, ge=1024, le=MAX_GRPC_BYTES)
+    max_candidates: int = Field(default=MAX_CANDIDATES, ge=1)
+    items: Path | None = None
+    item_key: str | None = None
+    cache_bytes: int = Field(default=1 << 30, ge=1)
+    log_dir: Path | None = None
+    log: LogConfig = LogConfig()
+    drain_s: float = Field(default=10.0, ge=0, allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Where the server listens. metrics: None where there is no /metrics."""
+
+    grpc: int
+    metrics: int | None
