@@ -131,7 +131,7 @@ class _Compiler:
                     continue
                 start = time.perf_counter()
                 editor = editor or Editor(module)
-                tried, fired, why = self._try(own, editor)
+                tried, fired, why = self._try(own, editor, module)
                 if not fired and not why:
                     continue
                 editor = None
@@ -187,16 +187,16 @@ class _Compiler:
             )
         )
 
-    def _try(self, own: Pass, editor: Editor) -> tuple[fx.GraphModule, int, str]:
+    def _try(self, own: Pass, editor: Editor, module: fx.GraphModule) -> tuple[fx.GraphModule, int, str]:
         """The graph after one pass, how often it fired, and what went wrong."""
         try:
             fired = own.apply(editor)
-            return (editor.done() if fired else editor.module), fired, ""
+            return (editor.done() if fired else module), fired, ""
         except Exception as error:
             if self.raise_wrong:
                 raise PassError(f"pass {own.name} failed: {type(error).__name__}: {error}") from error
             log.warning("pass %s failed and is left out (%s: %s)", own.name, type(error).__name__, error)
-            return editor.module, 0, f"failed: {_told(error)}"
+            return module, 0, f"failed: {_told(error)}"
 
     def _checked(self, make: Callable[[], fx.GraphModule], *, one_request: bool = False) -> tuple[float, str]:
         """Largest difference from exact scores, and what is wrong with it."""

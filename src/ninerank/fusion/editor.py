@@ -1,6 +1,6 @@
 """What a pass needs to change a graph: shapes of all values, weights by node, and calls that know their shape at once.
 
-Shapes are found with torch's fake tensors at sizes that are large primes, so that a size tells what it is: `editor.rows` is B wherever
+Shapes are found on torch's meta device at sizes that are large primes, so that a size tells what it is: `editor.rows` is B wherever
 it stands in a shape. Nothing is computed but what is asked for.
 """
 
@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch import Tensor, fx, nn
 
 from ninerank.fusion.capture import REQUESTS, ROWS, add_weight, inputs_of, weight_of
 from ninerank.fusion.roles import colour, joined_role
@@ -19,6 +18,7 @@ from ninerank.fusion.roles import colour, joined_role
 __all__ = ["Editor", "is_random", "named_sizes", "size_names"]
 
 _PRIMES = (10007, 10009, 10037, 10039, 10061, 10067, 10069, 10079, 10091, 10093, 10099, 10103, 10111, 10133, 10139, 10141, 10151)
+MOST_RESULTS = 1 << 14
 
 
 def size_names(module: fx.GraphModule) -> list[str]:
@@ -35,6 +35,34 @@ def named_sizes(module: fx.GraphModule) -> dict[str, int]:
     return dict(zip(names, _PRIMES, strict=False))
 
 
+_results: dict[Any, Any] = {}
+
+
+def _result(target: Any, args: Any, kwargs: Any) -> Any:
+    """What a call returns, without data. Kept by the forms of its arguments, for the same calls are looked at again and again."""
+    key = target, _form(args), _form(list(kwargs.items()))
+    found = _results.get(key, _results)
+    if found is not _results:
+        return found
+    if isinstance(kwargs.get("device"), torch.device | str):
+        kwargs = {**kwargs, "device": torch.device("meta")}
+    with torch.no_grad():
+        made = target(*args, **kwargs)
+    if len(_results) >= MOST_RESULTS:
+        _results.clear()
+    _results[key] = made
+    return made
+
+
+def _form(value: Any) -> Any:
+    """A value as a key: tensors by shape, strides and type, numbers by value and type."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.stride(), value.dtype
+    if isinstance(value, list | tuple):
+        return tuple(map(_form, value))
+    return type(value), value
+
+
 def is_random(node: fx.Node) -> bool:
     """Whether a call draws at random."""
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
@@ -43,15 +71,17 @@ def is_random(node: fx.Node) -> bool:
 class Editor:
     """A copy of a graph, to be changed. sizes: values of named sizes, for cost; by default primes.
 
-    Every node's `meta` holds "val" (a fake tensor, or a number for sizes) and "role".
+    Every node's `meta` holds "val" (a tensor without data, or a number for sizes) and "role".
     """
 
     def __init__(self, module: fx.GraphModule, sizes: Mapping[str, int] | None = None) -> None:
-        self.module = fx.GraphModule(module, copy.deepcopy(module.graph), class_name="SidedGraph").eval()
-        self.graph = self.module.graph
+        self.module = nn.Module()
+        self.graph = copy.deepcopy(module.graph)
+        for name in dict.fromkeys(str(node.target) for node in self.graph.find_nodes(op="get_attr")):
+            kept = add_weight(self.module, name, weight_of(module, name))
+            assert kept == name, f"{name} is no name of a weight"
         self.sizes = named_sizes(module) if sizes is None else dict(sizes)
         self.requests, self.rows = self.sizes[REQUESTS], self.sizes[ROWS]
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         colour(self.graph)
         for node in self.graph.nodes:
             self._fill(node)
@@ -59,15 +89,12 @@ class Editor:
     def _fill(self, node: fx.Node) -> None:
         if node.op == "placeholder":
             given = node.meta["input"]
-            with self._mode:
-                node.meta["val"] = torch.empty(given.shape(self.sizes), dtype=given.dtype)
+            node.meta["val"] = torch.empty(given.shape(self.sizes), dtype=given.dtype, device="meta")
         elif node.op == "get_attr":
-            node.meta["val"] = self._mode.from_tensor(weight_of(self.module, str(node.target)), static_shapes=True)
+            weight = weight_of(self.module, str(node.target))
+            node.meta["val"] = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device="meta")
         elif node.op == "call_function":
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda other: other.meta["val"])
-            target: Any = node.target
-            with self._mode, torch.no_grad():
-                node.meta["val"] = target(*args, **kwargs)
+            node.meta["val"] = _result(node.target, *fx.map_arg((node.args, node.kwargs), lambda other: other.meta["val"]))
         elif node.op == "call_method":
             tensor, *rest = fx.map_arg(node.args, lambda other: other.meta["val"])
             node.meta["val"] = getattr(tensor, str(node.target))(*rest)
@@ -81,7 +108,7 @@ class Editor:
     def shape(self, node: object) -> tuple[int, ...]:
         """Sizes of a value; () for what is no tensor."""
         value = node.meta["val"] if isinstance(node, fx.Node) else None
-        return tuple(value.shape) if isinstance(value, FakeTensor) else ()
+        return tuple(value.shape) if isinstance(value, Tensor) else ()
 
     def rank(self, node: object) -> int:
         return len(self.shape(node))
