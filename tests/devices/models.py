@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
-from ninerank.features.batch import Batch, Block, KeyedJagged
-from ninerank.features.spec import Bucketize, FeatureSpec, Hashed, IdFeature, NumericFeature, SequenceFeature, Side
+from ninerank.features.batch import Batch
+from ninerank.features.draw import draw_batch
+from ninerank.features.spec import Bucketize, FeatureSpec, Hashed, IdFeature, NumericFeature, SequenceFeature
 from ninerank.towers.config import ModelConfig, parse_model
 from ninerank.towers.registry import model_names
 
@@ -51,29 +52,4 @@ def models() -> Iterator[tuple[str, ModelConfig]]:
 
 def batch(num_rows: int, *, num_requests: int | None = None, seed: int = 0) -> Batch:
     """Random rows on the host: a training batch, or with `num_requests` a rank call."""
-    draw = torch.Generator().manual_seed(seed)
-    user_row_B = None if num_requests is None else torch.randint(0, num_requests, (num_rows,), generator=draw)
-    request, item = _block("request", num_rows if num_requests is None else num_requests, draw), _block("item", num_rows, draw)
-    if num_requests is not None:
-        return Batch(request, item, user_row_B)
-    label_BT = torch.randint(0, 2, (num_rows, len(SPEC.labels)), generator=draw).float()
-    return Batch(request, item, None, label_BT, torch.rand(num_rows, generator=draw))
-
-
-def _block(side: Side, num_rows: int, draw: torch.Generator) -> Block:
-    return Block(
-        _ids(SPEC.single_keys(side), num_rows, None, draw),
-        _ids(SPEC.bag_keys(side), num_rows, 3, draw),
-        _ids(SPEC.sequence_keys(side), num_rows, 3, draw),
-        torch.randn(num_rows, len(SPEC.dense_keys(side)), generator=draw),
-    )
-
-
-def _ids(keys: tuple[str, ...], num_rows: int, most: int | None, draw: torch.Generator) -> KeyedJagged:
-    """`most` None gives exactly one id a row, else none to `most`."""
-    count = len(keys) * num_rows
-    lengths = torch.ones(count, dtype=torch.int64) if most is None else torch.randint(0, most + 1, (count,), generator=draw)
-    sizes = torch.tensor([SPEC.tables[str(SPEC.table_of(key))].num_rows for key in keys], dtype=torch.float64)
-    size_N = sizes.repeat_interleave(num_rows).repeat_interleave(lengths)
-    values = (torch.rand(size_N.numel(), generator=draw, dtype=torch.float64) * size_N).to(torch.int64)
-    return KeyedJagged(keys, values, None if most is None else lengths, num_rows)
+    return draw_batch(SPEC, num_rows, torch.Generator().manual_seed(seed), num_requests=num_requests, longest=3)

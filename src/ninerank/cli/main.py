@@ -22,6 +22,7 @@ VERBS = {
     "train": "Train a recipe: checkpoints, history, metrics and the best weights go into a run directory.",
     "export": "Write a trained run as a bundle: spec, dense graph, tables, golden rows with their scores, checksums.",
     "fuse": "Show what the graph compiler made of a bundle: passes, work before and after, both graphs drawn.",
+    "parity": "Run a bundle on two devices and compare them layer by layer: the first layer that diverges is named.",
     "serve": "Serve a bundle over gRPC until SIGTERM or Ctrl-C, then finish what is under way.",
     "rank": "Rank one request from a file against a server, or print an example of one.",
     "evaluate": "Measure a run or a bundle on log files: AUC, log loss, calibration, whole and by slice.",

@@ -30,7 +30,7 @@ from ninerank.predictor.graph import build_graph
 from ninerank.predictor.rawids import RawIds, lookup_spec
 from ninerank.predictor.request import RankInput, RankOutput, RequestSchema, StageTimes
 
-__all__ = ["Engine"]
+__all__ = ["BF16_TOLERANCE", "Engine", "lookup_of", "raw_ids_of"]
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +49,8 @@ class Engine:
         self.schema = RequestSchema.of(bundle.spec)
         self.device = device
         self._transform = Transform(bundle.spec)
-        self._raw_ids = _raw_ids(bundle)
-        self._embedding = _collection(bundle, device)
+        self._raw_ids = raw_ids_of(bundle)
+        self._embedding = lookup_of(bundle, device)
         graph = build_graph(bundle.graph, device.torch_device)
         one = graph_for_one(graph, bundle.manifest.passes)
         self._graph = lower(graph, device.torch_device, one=one, backend=backend, precision=precision)
@@ -130,7 +130,8 @@ class Engine:
         return scores_BT, times
 
 
-def _raw_ids(bundle: Bundle) -> RawIds:
+def raw_ids_of(bundle: Bundle) -> RawIds:
+    """The bundle's dynamic tables as they turn raw ids into rows; raises BundleError where they are not what the manifest says."""
     tables = {}
     for name, id_I in bundle.ids.items():
         try:
@@ -142,8 +143,8 @@ def _raw_ids(bundle: Bundle) -> RawIds:
     return RawIds(bundle.spec, tables)
 
 
-def _collection(bundle: Bundle, device: Device) -> EmbeddingCollection:
-    """The lookup over the bundle's tables; on the CPU these stay mapped from their files."""
+def lookup_of(bundle: Bundle, device: Device) -> EmbeddingCollection:
+    """The lookup over the bundle's tables; on the CPU these stay mapped from their files. Raises BundleError for tables that do not fit."""
     manifest = bundle.manifest
     try:
         config = EmbeddingConfig.parse({"mode": "sparse", "sequence_length": manifest.sequence_length}, "embedding")

@@ -26,7 +26,7 @@ from torch.nn import Parameter
 
 from ninerank.errors import DeviceError, nearest
 
-__all__ = ["AUTO", "Kernel", "available", "choose", "count_dispatches", "is_plain", "preferring", "register"]
+__all__ = ["AUTO", "Kernel", "available", "choose", "count_dispatches", "is_plain", "operators", "preferring", "register"]
 
 AUTO = "auto"
 
@@ -78,6 +78,11 @@ def register(kernel: Kernel) -> None:
 def available(operator: str, device_type: str) -> tuple[str, ...]:
     """Names of the kernels that can run `operator` on a device type ("cpu", "cuda", "npu"), in the order `auto` tries."""
     return tuple(kernel.name for kernel in _kernels.get(operator, ()) if kernel.obstacle(device_type) is None)
+
+
+def operators() -> tuple[str, ...]:
+    """Names of all operators whose modules are loaded."""
+    return tuple(_kernels)
 
 
 def choose(operator: str, device_type: str, name: str = AUTO) -> Callable[..., Any]:
