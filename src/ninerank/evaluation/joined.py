@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
+from typing_extensions import Self
 
 from ninerank.errors import DataError, nearest
 from ninerank.evaluation.answers import numbers
@@ -35,6 +36,15 @@ class JoinStats:
     labelled: int = 0
     unlabelled: int = 0
     orphans: int = 0
+
+    def merge(self, other: Self) -> Self:
+        """Of two shares of one log, which both met the whole label file: what neither met is an orphan."""
+        matched = (self.rows - self.orphans) + (other.rows - other.orphans)
+        self.duplicates += other.duplicates
+        self.labelled += other.labelled
+        self.unlabelled += other.unlabelled
+        self.orphans = self.rows - matched
+        return self
 
     def as_dict(self) -> dict[str, int]:
         """For JSON."""

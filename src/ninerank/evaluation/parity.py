@@ -15,6 +15,13 @@ __all__ = ["DECADES", "Parity", "Worst"]
 
 DECADES = tuple(10.0**e for e in range(-9, 1))
 NUM_BINS = len(DECADES) + 1
+# Upper bounds of fine bins, an eighth of an octave each: a quantile is told to within 9% of itself.
+FINE = np.concatenate([[0.0], 2.0 ** (np.arange(-40 * 8, 1) / 8)])
+
+COUNTS = (
+    *("num_requests", "num_candidates", "num_scores", "num_flipped", "num_top_flipped", "num_reordered", "num_top_changed"),
+    "_sum",
+)
 
 
 @dataclass(frozen=True)
@@ -31,17 +38,20 @@ class Worst:
 class Parity:
     """Counts what differs, request by request; merges over shards.
 
-    num_flipped: candidates whose rank in their request changed. num_reordered, num_top_changed: requests whose order, or best
-    candidate, changed. Ranks are by the first task, ties by index, as the server orders.
+    num_flipped: candidates whose rank in their request changed; num_top_flipped: those of them that were among the first `top_k`.
+    num_reordered, num_top_changed: requests whose order, or best candidate, changed. Ranks are by the first task, ties by index, as
+    the server orders.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, top_k: int = 10) -> None:
+        self.top_k = top_k
         self.num_requests = self.num_candidates = self.num_scores = 0
-        self.num_flipped = self.num_reordered = self.num_top_changed = 0
+        self.num_flipped = self.num_top_flipped = self.num_reordered = self.num_top_changed = 0
         self.largest = 0.0
         self.worst: Worst | None = None
         self._sum = 0.0
         self._bins = np.zeros(NUM_BINS, np.int64)
+        self._fine = np.zeros(len(FINE) + 1, np.int64)
 
     def update(self, request_id: str, logged_NT: npt.NDArray[np.float32], again_NT: npt.NDArray[np.float32]) -> Self:
         """Compare one request. A score that is not a number is infinitely far from any other."""
@@ -55,6 +65,7 @@ class Parity:
             return self
         self._sum += float(difference_NT.sum())
         self._bins += np.bincount(np.searchsorted(DECADES, difference_NT.ravel()), minlength=NUM_BINS)
+        self._fine += np.bincount(np.searchsorted(FINE, difference_NT.ravel()), minlength=len(self._fine))
         largest = float(difference_NT.max())
         if self.worst is None or largest > self.largest:
             index, task = np.unravel_index(int(difference_NT.argmax()), difference_NT.shape)
@@ -62,8 +73,10 @@ class Parity:
             self.worst = Worst(request_id, int(index), int(task), float(logged_NT[index, task]), float(again_NT[index, task]))
         before, after = (np.argsort(-scores_NT[:, 0], kind="stable") for scores_NT in (logged_NT, again_NT))
         rank_before, rank_after = np.argsort(before), np.argsort(after)
-        flipped = int((rank_before != rank_after).sum())
+        flipped_N = rank_before != rank_after
+        flipped = int(flipped_N.sum())
         self.num_flipped += flipped
+        self.num_top_flipped += int(flipped_N[before[: self.top_k]].sum())
         self.num_reordered += flipped > 0
         self.num_top_changed += bool(before[0] != after[0])
         return self
@@ -71,14 +84,22 @@ class Parity:
     def merge(self, other: Self) -> Self:
         if self.worst is None or other.largest > self.largest:
             self.worst, self.largest = other.worst, other.largest
-        for name in ("num_requests", "num_candidates", "num_scores", "num_flipped", "num_reordered", "num_top_changed", "_sum"):
+        for name in COUNTS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self._bins = self._bins + other._bins
+        self._fine = self._fine + other._fine
         return self
 
     @property
     def mean(self) -> float:
         return self._sum / self.num_scores if self.num_scores else 0.0
+
+    def quantile(self, share: float) -> float:
+        """Difference that this share of the scores does not exceed, rounded up by at most 9%, and never above the largest."""
+        if not self.num_scores:
+            return 0.0
+        place = int(np.searchsorted(np.cumsum(self._fine), math.ceil(share * self.num_scores)))
+        return min(self.largest, float(FINE[place])) if place < len(FINE) else self.largest
 
     def within(self, tolerance: float) -> bool:
         """Whether no score moved by more than `tolerance`."""
@@ -96,9 +117,12 @@ class Parity:
             "requests": self.num_requests,
             "candidates": self.num_candidates,
             "largest_difference": self.largest if math.isfinite(self.largest) else None,
+            "p999_difference": _finite(self.quantile(0.999)),
             "mean_difference": self.mean if math.isfinite(self.mean) else None,
             "worst": None if self.worst is None else {key: _finite(value) for key, value in vars(self.worst).items()},
             "flipped_candidates": self.num_flipped,
+            "top_k": self.top_k,
+            "top_flipped_candidates": self.num_top_flipped,
             "reordered_requests": self.num_reordered,
             "top_changed_requests": self.num_top_changed,
             "differences": dict(self.histogram()),

@@ -6,7 +6,7 @@ Shape legend: N candidates of a request, T tasks.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
@@ -19,6 +19,7 @@ from ninerank.errors import DataError, NinerankError
 
 if TYPE_CHECKING:
     from ninerank.predictor.engine import Engine
+    from ninerank.predictor.request import RankInput, RequestSchema
     from ninerank.predictor.requestlog import LoggedRequest
 
 __all__ = ["Answer", "BundleReplayer", "EndpointReplayer", "Replayer"]
@@ -34,17 +35,22 @@ class Answer:
 
 
 class Replayer(ABC):
-    """Scores logged requests again. tasks: names of the model's outputs, None where they are not known beforehand."""
+    """Scores logged requests again. tasks: names of the model's outputs; schema: columns it reads; None where not known beforehand."""
 
     source: str
     kind: Literal["bundle", "endpoint"]
     spec_digest: str | None = None
     device: str | None = None
     tasks: tuple[str, ...] | None = None
+    schema: "RequestSchema | None" = None
 
     @abstractmethod
     def rank(self, request: "LoggedRequest") -> Answer:
         """Score the request's candidates, in their order. Raises NinerankError that names the request."""
+
+    def score(self, request: "LoggedRequest", features: "RankInput") -> npt.NDArray[np.float32]:
+        """scores_NT of the request with other features."""
+        return self.rank(replace(request, input=features)).scores_NT
 
     def close(self) -> None:  # noqa: B027 - only an endpoint holds anything
         """Let go of connections."""
@@ -64,14 +70,15 @@ class BundleReplayer(Replayer):
     def __init__(self, engine: "Engine", source: str) -> None:
         self.source = source
         self.spec_digest, self.tasks, self.device = engine.manifest.spec_digest, tuple(engine.manifest.tasks), engine.device.name
+        self.schema = engine.schema
         self._engine = engine
 
     @classmethod
-    def load(cls, bundle_dir: str | Path, device: str = "auto") -> "BundleReplayer":
+    def load(cls, bundle_dir: str | Path, device: str = "auto", *, precision: Literal["fp32", "bf16"] = "fp32") -> "BundleReplayer":
         """Replayer of the bundle in `bundle_dir`; raises BundleError or DeviceError."""
         from ninerank.predictor.engine import Engine
 
-        return cls(Engine.load(bundle_dir, device), str(bundle_dir))
+        return cls(Engine.load(bundle_dir, device, precision=precision), str(bundle_dir))
 
     def rank(self, request: "LoggedRequest") -> Answer:
         if request.spec_digest != self.spec_digest:

@@ -9,6 +9,7 @@ not know), stage_us (a struct of microseconds).
 Shape legend: N candidates, T tasks.
 """
 
+import itertools
 import json
 import logging
 import queue
@@ -16,7 +17,7 @@ import random
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -213,20 +214,22 @@ def to_table(requests: Sequence[LoggedRequest], schema: RequestSchema, num_tasks
     return pa.table(columns).replace_schema_metadata(metadata)
 
 
-def read_log(path: str | Path) -> Iterator[LoggedRequest]:
-    """Requests of a log file, or of all the log files of a directory in the order of their names.
+def read_log(path: str | Path, shard: tuple[int, int] = (0, 1)) -> Iterator[LoggedRequest]:
+    """Requests of a log file, or of all the log files of a directory in the order of their names, which is that of time.
 
+    shard: (k, n) reads the k-th of n shares, dealt out 256 requests at a time.
     Raises DataError for a path that is not there or holds no log, and for a file that is truncated, corrupt or of another kind.
     """
     root = Path(path)
     files = sorted(root.glob("*.parquet")) if root.is_dir() else [root]
     if not files:
         raise DataError(f"{root}: holds no *.parquet file of a request log")
+    turn, (own, shares) = itertools.count(), shard
     for file in files:
-        yield from _read_file(file)
+        yield from _read_file(file, lambda: next(turn) % shares == own)
 
 
-def _read_file(path: Path) -> Iterator[LoggedRequest]:
+def _read_file(path: Path, is_ours: Callable[[], bool]) -> Iterator[LoggedRequest]:
     try:
         with pq.ParquetFile(path) as file:
             metadata = file.schema_arrow.metadata or {}
@@ -234,7 +237,7 @@ def _read_file(path: Path) -> Iterator[LoggedRequest]:
                 raise DataError(f"{path}: is no request log of format {' or '.join(version.decode() for version in READABLE)}")
             num_tasks = int(json.loads(metadata[b"num_tasks"]))
             for batch in file.iter_batches(batch_size=256):
-                for row in range(batch.num_rows):
+                for row in range(batch.num_rows if is_ours() else 0):
                     yield _logged(batch, row, num_tasks)
     except (OSError, ValueError, KeyError) as error:  # Arrow's errors are ValueErrors or OSErrors
         raise DataError(f"{path}: cannot be read as a request log ({error})") from None
