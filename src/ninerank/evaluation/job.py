@@ -25,7 +25,9 @@ __all__ = ["ReplayJob", "SnapshotFile", "run_job"]
 
 @dataclass(frozen=True)
 class SnapshotFile:
-    """A table of versions of users or items. key: its column of ids, which is also the request's on the user side. time: see Snapshot."""
+    """A table of versions of users or items. key: its column of ids, by which the request's column of that name, or candidate ids, are
+    looked up. time: see Snapshot.
+    """
 
     side: "Side"
     path: Path
@@ -124,10 +126,7 @@ def _skew(job: ReplayJob, replayer: Replayer) -> Skew:
     sides = []
     for file in job.snapshots:
         snapshot = Snapshot(file.path, schema.side(file.side), key=file.key, time=file.time)
-        column = None
-        if file.side == "request":
-            column = file.key
-            if column not in schema.request.names:
-                raise DataError(f"{file.path}: key {column!r} is no request-level feature; {nearest(column, schema.request.names)}")
-        sides.append(SideSnapshot(file.side, snapshot, column))
+        if file.side == "request" and file.key not in schema.request.names:
+            raise DataError(f"{file.path}: key {file.key!r} is no request-level feature; {nearest(file.key, schema.request.names)}")
+        sides.append(SideSnapshot(file.side, snapshot))
     return Skew(sides, tolerance=job.tolerance)

@@ -124,6 +124,8 @@ def replay_page(replay: Replay) -> str:
     sections = [
         _parity_verdict(replay),
         _parity_tiles(replay),
+        _gate(replay),
+        *_skew(replay),
         table_section("Score differences", ["difference", "scores"], differences, narrow=True),
     ]
     for task, again in replay.again.items():
@@ -139,9 +141,12 @@ def replay_page(replay: Replay) -> str:
 
 def _parity_verdict(replay: Replay) -> str:
     parity, worst = replay.parity, replay.parity.worst
-    badge = '<span class="badge good">PASS</span>' if replay.passed else '<span class="badge bad">FAIL</span>'
-    if replay.passed:
+    badge = _badge(replay.passed)
+    if parity.within(replay.tolerance):
         text = f"Every one of {parity.num_scores:,} logged scores came out the same, to within {replay.tolerance:g}."
+        failed = [check.name for check in replay.checks if not check.passed]
+        if failed:
+            text += f" Failed: {escape(', '.join(failed))}."
     else:
         text = f"Scores came out differently: by up to {parity.largest:.3g}, where {replay.tolerance:g} is allowed."
     place = ""
@@ -151,6 +156,32 @@ def _parity_verdict(replay: Replay) -> str:
             f"{worst.logged:.9g} as served, {worst.again:.9g} now.</p>"
         )
     return f'<p class="verdict">{badge} {text}</p>{place}'
+
+
+def _gate(replay: Replay) -> str:
+    rows = [[escape(check.name), f"{check.found:.3g}", f"{check.allowed:g}", _badge(check.passed)] for check in replay.checks]
+    return table_section("Gate", ["check", "found", "allowed", "verdict"], rows)
+
+
+def _skew(replay: Replay) -> Iterable[str]:
+    """Features as logged against the snapshot's."""
+    if replay.skew is None:
+        return
+    rows = []
+    for name, own in replay.skew.columns.items():
+        first = next(iter(own.examples.values()), None)
+        place = "" if first is None or first.candidate is None else f", candidate {first.candidate}"
+        shown = "" if first is None else f"{first.request_id}{place}: {first.logged} logged, {first.expected} expected"
+        counts = (own.compared, own.shifted, own.defaulted, own.unexpected, own.future, own.blamed)
+        rows.append([escape(name), *(f"{count:,}" for count in counts), escape(shown)])
+    heads = ["feature", "values", "shifted", "defaulted", "unexpected", "from the future", "requests blamed on it", "first"]
+    yield table_section("Features as logged against the snapshot", heads, rows)
+    if not replay.skew.checks_future:
+        yield '<p class="hint">The snapshots have no times, so values from the future cannot be told.</p>'
+
+
+def _badge(passed: bool) -> str:
+    return '<span class="badge good">PASS</span>' if passed else '<span class="badge bad">FAIL</span>'
 
 
 def _parity_tiles(replay: Replay) -> str:

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from typing_extensions import Self
 
+from ninerank.errors import DataError
 from ninerank.evaluation.parity import Parity
 from ninerank.evaluation.snapshot import AsOf, Snapshot
 from ninerank.features.spec import Side
@@ -79,11 +80,14 @@ class ColumnSkew:
 
 @dataclass(frozen=True)
 class SideSnapshot:
-    """A snapshot of one side. column: of the request, whose values are the snapshot's keys; None on the item side: candidate ids."""
+    """A snapshot of one side, looked up by the request's own column of its key, or else, on the item side, by candidate id."""
 
     side: Side
     snapshot: Snapshot
-    column: str | None = None
+
+    @property
+    def column(self) -> str:
+        return self.snapshot.key
 
 
 class Skew:
@@ -114,10 +118,8 @@ class Skew:
         expected: dict[str, pa.Array] = {}
         differing: list[str] = []
         for own in self.sides:
-            rows, ids = _rows_and_ids(request, own)
-            if ids is None:
-                continue
-            found = own.snapshot.as_of(ids, request.time_us)
+            rows = request.input.user if own.side == "request" else request.input.items
+            found = own.snapshot.as_of(_ids(request, rows, own), request.time_us)
             self.num_unknown += int((found.row_N < 0).sum())
             for name, array in own.snapshot.features(found).items():
                 # An entity that the snapshot does not know says nothing about its features; they stay as they were logged.
@@ -125,8 +127,6 @@ class Skew:
                 expected[name] = pc.if_else(known_N, array, rows.column(name))
                 if self._compare(own, name, request.request_id, rows.column(name), expected[name], found):
                     differing.append(name)
-        if not expected:
-            return self
         right = score(_with(request, expected)) if differing else request.scores_NT
         self.parity.update(request.request_id, request.scores_NT, right)
         if not _same(request.scores_NT, right, self.tolerance):
@@ -234,9 +234,15 @@ def _candidates(columns: tuple[str, ...], parts: int) -> Iterator[tuple[tuple[st
         yield from ((columns[:low] + columns[high:], parts - 1) for low, high in cuts)
 
 
-def _rows_and_ids(request: "LoggedRequest", own: SideSnapshot) -> tuple[pa.RecordBatch, pa.Array | None]:
-    rows = request.input.user if own.side == "request" else request.input.items
-    return rows, request.candidate_ids if own.column is None else rows.column(own.column)
+def _ids(request: "LoggedRequest", rows: pa.RecordBatch, own: SideSnapshot) -> pa.Array:
+    if own.column in rows.schema.names:
+        return rows.column(own.column)
+    if own.side == "item" and request.candidate_ids is not None:
+        return request.candidate_ids
+    raise DataError(
+        f"request {request.request_id!r} was logged without candidate ids, and {own.column!r} is no {own.side} feature: "
+        f"{own.snapshot.path} cannot be looked up"
+    )
 
 
 def _with(request: "LoggedRequest", columns: dict[str, pa.Array]) -> "RankInput":
