@@ -2,7 +2,7 @@
 
     bundle.py manifest.py graph.py   what is served: a directory of files with checksums and golden scores
     engine.py request.py             RankInput -> RankOutput, in process
-    cache.py requestlog.py           item features by id; a sampled log of what was asked and answered
+    cache/ requestlog.py             features by id; a sampled log of what was asked and answered
     wire.py service.py explain.py    one model version's answers: RankRequest -> RankResponse
     host.py                          which model version answers: leases, so that versions can come and go under load
     call.py admission.py dispatch.py the bounded queue before the models, and what computes what it lets through

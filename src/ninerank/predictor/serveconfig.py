@@ -37,7 +37,7 @@ class ServeConfig(Config):
     max_candidates: int = Field(default=MAX_CANDIDATES, ge=1)
     items: Path | None = None
     item_key: str | None = None
-    cache_bytes: int = Field(default=1 << 30, ge=1)
+    cache_bytes: int = Field(default=1 << 30, ge=1 << 20)
     log_dir: Path | None = None
     log: LogConfig = LogConfig()
     drain_s: float = Field(default=10.0, ge=0, allow_inf_nan=False)
