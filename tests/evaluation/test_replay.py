@@ -44,7 +44,7 @@ def served(bundle_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     rng = np.random.default_rng(5)
     server = PredictorServer(bundle_dir, ServeConfig(port=0, device="cpu", log_dir=out / "log"))
     ports = server.start()
-    target = f"127.0.0.1:{ports.grpc}"
+    target = f"127.0.0.1:{ports.port}"
     scores, rows = {}, []
     try:
         with PredictorClient(target) as client:

@@ -51,7 +51,7 @@ class Served:
     def __init__(self, bundle_dir: Path, **config: Any) -> None:
         self.server = PredictorServer(bundle_dir, ServeConfig(port=0, device="cpu", **config))
         self.ports = self.server.start()
-        self.target = f"127.0.0.1:{self.ports.grpc}"
+        self.target = f"127.0.0.1:{self.ports.port}"
         self.channel = grpc.insecure_channel(self.target)
 
     def call(self, data: bytes, timeout_s: float = 30.0) -> bytes:
@@ -441,7 +441,7 @@ def test_clients_at_once_get_their_own_scores(served: Served, log_rows: Rows) ->
 
 
 def test_the_end_lets_requests_under_way_finish(start: Callable[..., Served], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    own = start(log_dir=tmp_path / "log")
+    own = start(workers=1, log_dir=tmp_path / "log")
     slow = SlowEngine(own, monkeypatch)
     with PredictorClient(own.target) as client, PredictorClient(own.target) as late:
         under_way = in_thread(lambda: client.rank(USER, ITEMS, request_id="under-way", timeout_ms=60_000))
@@ -474,7 +474,7 @@ def test_metrics_count_what_happened(start: Callable[..., Served], items_file: P
         client.rank({"user_id": "u"}, ITEMS)
         with pytest.raises(RequestError):
             client.rank(USER, {"nothing": [1]})
-    with urllib.request.urlopen(f"http://127.0.0.1:{own.ports.metrics}/metrics", timeout=30) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{own.ports.metrics_port}/metrics", timeout=30) as answer:
         lines = answer.read().decode().splitlines()
     for line in (
         'ninerank_requests_total{status="OK"} 2.0',
@@ -514,10 +514,10 @@ def test_logged_requests_get_exactly_their_scores_again(
 
 
 def test_a_port_in_use_is_named(served: Served, bundle_dir: Path) -> None:
-    with pytest.raises(DeviceError, match=f"cannot listen on 127.0.0.1:{served.ports.grpc}"):
-        PredictorServer(bundle_dir, ServeConfig(port=served.ports.grpc, device="cpu")).start()
-    with pytest.raises(DeviceError, match=f"metrics port {served.ports.metrics}"):
-        PredictorServer(bundle_dir, ServeConfig(port=0, metrics_port=served.ports.metrics, device="cpu")).start()
+    with pytest.raises(DeviceError, match=f"cannot listen on 127.0.0.1:{served.ports.port}"):
+        PredictorServer(bundle_dir, ServeConfig(port=served.ports.port, device="cpu")).start()
+    with pytest.raises(DeviceError, match=f"metrics port {served.ports.metrics_port}"):
+        PredictorServer(bundle_dir, ServeConfig(port=0, metrics_port=served.ports.metrics_port, device="cpu")).start()
 
 
 def test_random_and_changed_bytes_are_answered_or_refused(served: Served) -> None:

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from ninerank.predictor.serveconfig import Ports
-    from ninerank.predictor.server import PredictorServer
+    from ninerank.predictor.announcement import Announcement
 
 
 def run(
@@ -24,7 +23,8 @@ def run(
     log_dir: Annotated[Path | None, typer.Option("--log", help="Directory of the request log (Parquet), for `ninerank replay`.")] = None,
     log_sample: Annotated[float, typer.Option(min=0, max=1, help="Share of requests that are logged.")] = 1.0,
     log_seconds: Annotated[float, typer.Option(min=0.1, help="Close a log file after this many seconds.")] = 60.0,
-    workers: Annotated[int, typer.Option(min=0, max=256, help="Threads that compute; 0: the event loop does.")] = 2,
+    processes: Annotated[int, typer.Option(min=1, max=256, help="Processes that serve; the most requests a second: one a core.")] = 1,
+    workers: Annotated[int, typer.Option(min=0, max=256, help="Threads of a process that compute; 0: its event loop does.")] = 0,
     max_pending: Annotated[int, typer.Option(min=1, help="Requests taken in at once; the next one is refused.")] = 256,
     max_candidates: Annotated[int, typer.Option(min=1, help="Candidates that a request may have.")] = 10_000,
     max_message_mb: Annotated[int, typer.Option(min=1, max=2047, help="Size that a request may have, in MB.")] = 16,
@@ -35,7 +35,7 @@ def run(
 ) -> None:
     """Serve a bundle over gRPC until SIGTERM or Ctrl-C, then finish what is under way."""
     from ninerank.predictor.serveconfig import ServeConfig
-    from ninerank.predictor.server import serve
+    from ninerank.predictor.serving import serve
 
     config = ServeConfig.parse(
         {
@@ -45,6 +45,7 @@ def run(
             "device": device,
             "backend": backend,
             "precision": precision,
+            "processes": processes,
             "workers": workers,
             "max_pending": max_pending,
             "max_message_bytes": max_message_mb << 20,
@@ -62,11 +63,10 @@ def run(
     print("stopped", flush=True)
 
 
-def _announce(server: "PredictorServer", ports: "Ports") -> None:
+def _announce(ready: "Announcement") -> None:
     """The line that scripts wait for; the ports are the last words of what they read."""
-    manifest, host = server.engine.manifest, server.config.host
-    print(f"serving {manifest.model_name} {manifest.model_version} on {server.engine.device.name} at {host}:{ports.grpc}", flush=True)
-    if server.cache is not None:
-        print(f"feature cache: {server.cache.stats().entities:,} items by {server.cache.key}", flush=True)
-    if ports.metrics is not None:
-        print(f"metrics at http://{host}:{ports.metrics}/metrics", flush=True)
+    print(f"serving {ready.model_name} {ready.model_version} on {ready.device} at {ready.host}:{ready.port}", flush=True)
+    if ready.cache_entities is not None:
+        print(f"feature cache: {ready.cache_entities:,} items by {ready.cache_key}", flush=True)
+    if ready.metrics_port is not None:
+        print(f"metrics at http://{ready.host}:{ready.metrics_port}/metrics", flush=True)

@@ -8,6 +8,7 @@
     call.py admission.py dispatch.py the bounded queue before the models, and what computes what it lets through
     front.py status.py               calls as bytes, through queue and host; what a caller is told of a failure
     server.py client.py              gRPC around it
+    serving.py supervisor.py worker.py control.py   one process or several on a port, and who replaces those that die
 
 Training and what lies below it never import this room; grpc is imported by `server` and `client` alone.
 """

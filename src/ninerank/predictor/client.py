@@ -1,5 +1,7 @@
 """Client of a Ninerank server: plain Python values, lists or arrays in, scores and order out."""
 
+import itertools
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,23 @@ __all__ = ["Defaults", "PredictorClient", "RankResult", "build_request"]
 
 DEFAULT_TIMEOUT_MS = 5_000
 MAX_MESSAGE_BYTES = 64 << 20
+# Asking again is safe, a rank call changes nothing: a server process that went away is no reason to fail.
+_RETRIES = json.dumps(
+    {
+        "methodConfig": [
+            {
+                "name": [{"service": "ninerank.v1.Predictor"}],
+                "retryPolicy": {
+                    "maxAttempts": 4,
+                    "initialBackoff": "0.02s",
+                    "maxBackoff": "0.5s",
+                    "backoffMultiplier": 3,
+                    "retryableStatusCodes": ["UNAVAILABLE"],
+                },
+            }
+        ]
+    }
+)
 # What gRPC says of a message beyond a limit: whose limit it is stands before, though not in every version.
 _TOO_LARGE = re.compile(
     r"(?P<side>CLIENT: |SERVER: )?(?P<way>Sent|Received) message larger than max \((?P<size>\d+) vs\.? (?P<limit>\d+)\)"
@@ -65,21 +84,29 @@ class RankResult:
 
 
 class PredictorClient:
-    """A channel to one server, for any number of threads; close it, or use it as a context manager.
+    """Channels to one server, for any number of threads; close it, or use it as a context manager.
 
-    max_message_bytes: of a request and of an answer; the server has a limit of its own.
+    connections: calls take turns between them; a server of several processes shares connections out, not calls, so that a client alone
+    needs a few of them per process to keep all busy. max_message_bytes: of a request and of an answer; the server has a limit of its own.
 
     with PredictorClient("localhost:50051") as client:
         result = client.rank(user={"user_id": "u7"}, items={"item_id": ["a", "b"], "price": [1.5, 2.0]})
         best = result.order[0]
     """
 
-    def __init__(self, target: str, *, timeout_ms: int = DEFAULT_TIMEOUT_MS, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
+    def __init__(
+        self, target: str, *, timeout_ms: int = DEFAULT_TIMEOUT_MS, max_message_bytes: int = MAX_MESSAGE_BYTES, connections: int = 1
+    ) -> None:
         self.target = target
         self._timeout_ms = timeout_ms
-        limits = [("grpc.max_receive_message_length", max_message_bytes), ("grpc.max_send_message_length", max_message_bytes)]
-        self._channel = grpc.insecure_channel(target, options=limits)
-        self._stub = PredictorStub(self._channel)  # type: ignore[no-untyped-call]
+        options = [
+            ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.max_send_message_length", max_message_bytes),
+            ("grpc.service_config", _RETRIES),
+            ("grpc.use_local_subchannel_pool", 1),  # channels to one address would share a connection
+        ]
+        self._channels = [grpc.insecure_channel(target, options=options) for _ in range(max(connections, 1))]
+        self._stubs = itertools.cycle([PredictorStub(channel) for channel in self._channels])  # type: ignore[no-untyped-call]
 
     def rank(
         self,
@@ -109,14 +136,15 @@ class PredictorClient:
             request.propensities.extend(propensities)
         timeout_s = (timeout_ms or self._timeout_ms) / 1000
         try:
-            response: pb.RankResponse = self._stub.Rank(request, timeout=timeout_s)
+            response: pb.RankResponse = next(self._stubs).Rank(request, timeout=timeout_s)
         except grpc.RpcError as error:
             raise _explain(error, self.target, timeout_s) from None
         return _result(response)
 
     def close(self) -> None:
-        """Close the channel; calls under way fail."""
-        self._channel.close()
+        """Close the channels; calls under way fail."""
+        for channel in self._channels:
+            channel.close()
 
     def __enter__(self) -> Self:
         return self

@@ -1,6 +1,5 @@
 """How a server listens and what it bounds."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +9,7 @@ from ninerank.config import Config
 from ninerank.predictor.request import MAX_CANDIDATES
 from ninerank.predictor.requestlog import LogConfig
 
-__all__ = ["MAX_GRPC_BYTES", "Ports", "ServeConfig"]
+__all__ = ["MAX_GRPC_BYTES", "ServeConfig"]
 
 MAX_GRPC_BYTES = (1 << 31) - 1
 
@@ -18,7 +17,10 @@ MAX_GRPC_BYTES = (1 << 31) - 1
 class ServeConfig(Config):
     """A port of 0 takes a free one.
 
-    workers: threads that compute; 0: the event loop itself does, which is the fastest where nothing but the processor is waited for.
+    reuse_port: several servers of this user may listen on the port, and the kernel shares connections out among them.
+    processes: servers on the port, each with an interpreter of its own; as many as there are cores gives the most requests a second.
+    workers: threads of a process that compute; 0: its event loop does, which is the fastest where nothing but the processor is
+    waited for.
     max_pending: requests taken in at once, those being computed among them; the next one is answered RESOURCE_EXHAUSTED. drain_s: how
     long the end waits for requests under way.
     item_key: column that candidate ids stand for, in the items file too (default: the item id of which the spec has sequences, else
@@ -27,11 +29,13 @@ class ServeConfig(Config):
 
     host: str = "127.0.0.1"
     port: int = Field(default=50051, ge=0, le=65535)
+    reuse_port: bool = False
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
     device: str = "auto"
     backend: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
-    workers: int = Field(default=2, ge=0, le=256)
+    processes: int = Field(default=1, ge=1, le=256)
+    workers: int = Field(default=0, ge=0, le=256)
     max_pending: int = Field(default=256, ge=1)
     max_message_bytes: int = Field(default=16 << 20, ge=1024, le=MAX_GRPC_BYTES)
     max_candidates: int = Field(default=MAX_CANDIDATES, ge=1)
@@ -41,11 +45,3 @@ class ServeConfig(Config):
     log_dir: Path | None = None
     log: LogConfig = LogConfig()
     drain_s: float = Field(default=10.0, ge=0, allow_inf_nan=False)
-
-
-@dataclass(frozen=True)
-class Ports:
-    """Where the server listens. metrics: None where there is no /metrics."""
-
-    grpc: int
-    metrics: int | None

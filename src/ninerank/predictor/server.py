@@ -1,13 +1,9 @@
 """The gRPC server around the `Front`: routes, statuses, limits, health, reflection, metrics and a graceful end."""
 
 import asyncio
-import logging
-import signal
-import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeAlias
 
 import grpc
@@ -17,6 +13,7 @@ from grpc_reflection.v1alpha import reflection
 
 from ninerank.errors import DataError, DeviceError, nearest
 from ninerank.predictor.admission import AdmissionQueue
+from ninerank.predictor.announcement import Announcement
 from ninerank.predictor.cache import FeatureCache, load_items
 from ninerank.predictor.call import Call, new_request_id
 from ninerank.predictor.dispatch import Dispatcher
@@ -25,15 +22,13 @@ from ninerank.predictor.eventloop import event_loop, on_loop
 from ninerank.predictor.front import Front
 from ninerank.predictor.host import SingleModel
 from ninerank.predictor.requestlog import RequestLog
-from ninerank.predictor.serveconfig import MAX_GRPC_BYTES, Ports, ServeConfig
+from ninerank.predictor.serveconfig import MAX_GRPC_BYTES, ServeConfig
 from ninerank.predictor.service import RankService, default_item_key
 from ninerank.predictor.status import refusal
 from ninerank.predictor.telemetry import Telemetry
 from ninerank.proto.v1 import predictor_pb2 as pb
 
-__all__ = ["PredictorServer", "serve"]
-
-log = logging.getLogger(__name__)
+__all__ = ["PredictorServer"]
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Predictor"].full_name
 REQUEST_ID_KEY = "ninerank-request-id"
@@ -41,7 +36,6 @@ RETRY_AFTER_KEY = "grpc-retry-pushback-ms"
 """gRPC's own name for it: a client with a retry policy keeps to it without being told."""
 HEADROOM = 2
 OPTIONS = (
-    ("grpc.so_reuseport", 0),
     # A client that died without a word is noticed within a minute; one that pings more often than every 5 s is told to stop.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
@@ -83,7 +77,7 @@ class PredictorServer:
         )
         on_loop(self._build())
 
-    def start(self) -> Ports:
+    def start(self) -> Announcement:
         """Listen and answer; raises DeviceError where a port cannot be had."""
         metrics = None
         host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host  # IPv6
@@ -97,7 +91,17 @@ class PredictorServer:
         except (OSError, RuntimeError) as error:
             self.stop(0)
             raise DeviceError(f"cannot listen on {wanted}: it is in use or no address of this machine; port 0 takes a free one") from error
-        return Ports(port, metrics)
+        manifest, cache = self.engine.manifest, self.cache
+        return Announcement(
+            manifest.model_name,
+            manifest.model_version,
+            self.engine.device.name,
+            self.config.host,
+            port,
+            metrics,
+            None if cache is None else cache.stats().entities,
+            None if cache is None else cache.key,
+        )
 
     def stop(self, grace_s: float | None = None) -> None:
         """Refuse new requests, give those under way `grace_s` (default: drain_s) seconds, write the log."""
@@ -116,6 +120,7 @@ class PredictorServer:
                 # Up to here a request is refused by the front, which counts it; gRPC refuses what is larger still unheard.
                 ("grpc.max_receive_message_length", min(HEADROOM * limit, MAX_GRPC_BYTES)),
                 ("grpc.max_send_message_length", limit),
+                ("grpc.so_reuseport", int(self.config.reuse_port)),
                 *OPTIONS,
             ],
         )
@@ -193,31 +198,3 @@ def _items(engine: Engine, config: ServeConfig) -> FeatureCache | None:
     if key is None:
         raise DataError(f"{config.items}: which column holds the ids? name it (--item-key), one of the file's columns")
     return load_items(config.items, engine.schema.item, key=key, capacity_bytes=config.cache_bytes)
-
-
-def serve(bundle_dir: str | Path, config: ServeConfig, ready: Callable[[PredictorServer, Ports], None] | None = None) -> None:
-    """Serve until SIGTERM or SIGINT, then drain. `ready` is called once the server answers. Call it from the main thread."""
-    server = PredictorServer(bundle_dir, config)
-    done = threading.Event()
-    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def finish(number: int, frame: FrameType | None) -> None:
-        log.info("signal %d: draining for at most %g s", number, config.drain_s)
-        restore()  # a second signal ends the process the hard way
-        done.set()
-
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    for number in previous:
-        signal.signal(number, finish)
-    try:
-        ports = server.start()
-        if ready is not None:
-            ready(server, ports)
-        while not done.wait(1.0):  # a wait without end would keep Python from running the signal handler on some platforms
-            pass
-    finally:
-        restore()
-        server.stop()
