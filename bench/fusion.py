@@ -29,6 +29,7 @@ from torch import Tensor
 
 from harness import Result, Timing, interleave
 from ninerank.embedding.collection import EmbeddingCollection, EmbeddingConfig
+from ninerank.embedding.request import RequestLookup
 from ninerank.errors import DeviceError
 from ninerank.features.batch import Batch, Block, KeyedJagged
 from ninerank.features.spec import FeatureSpec, Hashed, IdFeature, SequenceFeature, Side
@@ -157,9 +158,10 @@ class Workload:
 def scorer(collection: EmbeddingCollection, batch: Batch, run: backends.Runner) -> Call:
     """A call from ids to scores."""
     names = [given.name for given in run.inputs]
+    lookup = RequestLookup(collection, run.dtypes)
 
     def call() -> Tensor:
-        sides = collection.sides(batch, check=False)
+        sides = lookup.sides(batch)
         return torch.sigmoid(run(*[sides[name] for name in names]))
 
     return call

@@ -77,6 +77,18 @@ needs_bf16 = pytest.mark.skipif(not backends.multiplies_bf16(), reason="this CPU
 
 
 @needs_bf16
+def test_inputs_that_are_rounded_anyway_may_come_rounded(exported: tuple[nn.Module, fx.GraphModule]) -> None:
+    _, graph = exported
+    run = backends.lower(graph, CPU, one=single_request(graph), precision="bf16")
+    # The user's half has one row in the graph for one request and is computed in float32 there; "history" is summed first.
+    assert run.dtypes == {"item": torch.bfloat16}
+    assert backends.lower(graph, CPU).dtypes == {}
+    user, item, history, user_row = inputs(1, 20, 3)
+    with torch.inference_mode():
+        assert torch.equal(run(user, item.to(torch.bfloat16), history, user_row), run(user, item, history, user_row))
+
+
+@needs_bf16
 def test_bf16_stays_within_its_rounding_and_packs_what_is_worth_it(exported: tuple[nn.Module, fx.GraphModule]) -> None:
     module, graph = exported
     run = backends.lower(graph, CPU, one=single_request(graph), backend="script", precision="bf16")

@@ -47,7 +47,7 @@ class KeyRows:
     def __init__(self, layout: TableLayout, tables: Mapping[str, str]) -> None:
         self.keys = tuple(tables)
         self.tables = tuple(tables.values())
-        slices = [layout.rows_of(table) for table in self.tables]
+        slices = self.slices = [layout.rows_of(table) for table in self.tables]
         # A managed table's storage grows: it is not in the layout, and rows of it stay as they came.
         self._dtype = row_dtype(layout.total_rows) if layout.total_rows else torch.int64
         self.offset_F = Constants([s.start for s in slices], torch.int64, on_device=self._dtype)
@@ -106,7 +106,8 @@ class SideRows:
         self.sequences = KeyRows(layout, sequences)
         self.max_lengths = tuple((max_lengths or {})[key] for key in sequences)
         self.has_mean = bool(mean_bags)
-        self._is_mean_F = Constants([key in mean_bags for key in bags], torch.bool)
+        self.is_mean = [key in mean_bags for key in bags]
+        self._is_mean_F = Constants(self.is_mean, torch.bool)
 
     def check(self, block: Block, *, ids: bool = True) -> None:
         """Raise DataError for histories, and with `ids` for ids, that do not fit this side. Call it where the block lies on the host."""

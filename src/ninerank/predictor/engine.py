@@ -20,6 +20,7 @@ from ninerank.device import Device
 from ninerank.embedding.collection import EmbeddingCollection, EmbeddingConfig
 from ninerank.embedding.dynamic.frozen import FrozenIds
 from ninerank.embedding.quantize import QuantizedTable, check_dtype
+from ninerank.embedding.request import RequestLookup
 from ninerank.errors import BundleError, DataError, RequestError, SpecError
 from ninerank.features.batch import Batch
 from ninerank.features.transform import Transform
@@ -55,6 +56,8 @@ class Engine:
         one = graph_for_one(graph, bundle.manifest.passes)
         self._graph = lower(graph, device.torch_device, one=one, backend=backend, precision=precision)
         self._inputs = tuple(given.name for given in self._graph.inputs)
+        is_on_host = device.torch_device.type == "cpu" and RequestLookup.takes(self._embedding)
+        self._lookup = RequestLookup(self._embedding, self._graph.dtypes) if is_on_host else None
 
     @classmethod
     def load(cls, bundle_dir: str | Path, device: str = "auto", *, backend: str = AUTO, precision: Precision = "fp32") -> "Engine":
@@ -121,13 +124,18 @@ class Engine:
     def _scores(self, batch: Batch, start_ns: int) -> tuple[npt.NDArray[np.float32], StageTimes]:
         transformed = time.perf_counter_ns()
         with torch.inference_mode():
-            inputs = self._embedding.sides(self._raw_ids.rows(batch).to(self.device.torch_device), check=False)
+            inputs = self._sides(self._raw_ids.rows(batch))
             looked_up = time.perf_counter_ns()
             logits_BT = self._graph(*[inputs[key] for key in self._inputs])
             scores_BT = torch.sigmoid(logits_BT.to(torch.float32)).cpu().numpy()
         done = time.perf_counter_ns()
         times = StageTimes((transformed - start_ns) // 1000, (looked_up - transformed) // 1000, (done - looked_up) // 1000)
         return scores_BT, times
+
+    def _sides(self, batch: Batch) -> dict[str, Tensor]:
+        if self._lookup is not None:
+            return self._lookup.sides(batch)
+        return self._embedding.sides(batch.to(self.device.torch_device), check=False)
 
 
 def raw_ids_of(bundle: Bundle) -> RawIds:

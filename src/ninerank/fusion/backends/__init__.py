@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from ninerank.errors import BundleError, DeviceError, nearest
 from ninerank.fusion.backends.copies import own_copy
 from ninerank.fusion.backends.gates import fuse_gates
-from ninerank.fusion.backends.onednn import has_packed_linear, pack_linears
+from ninerank.fusion.backends.onednn import has_packed_linear, pack_linears, rounded_inputs
 from ninerank.fusion.backends.script import script
 from ninerank.fusion.capture import GraphInput, inputs_of
 
@@ -38,6 +38,7 @@ class Runner:
 
     One request takes a graph of its own where there is one (`fusion.single`): what is the same for all candidates is broadcast.
     graph, graph_one: what runs, for looking at it operator by operator; their nodes say what they stand for (`backends.copies`).
+    dtypes: inputs that both graphs round before anything else, and may be given in the type they are rounded to.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Runner:
     ) -> None:
         self.backend, self.precision, self.inputs = backend, precision, tuple(inputs)
         self.graph, self.graph_one = graphs
+        self.dtypes = rounded_inputs(graphs)
         self._run, self._run_one = runs
         self._request_input = next((place for place, given in enumerate(inputs) if given.role == "request"), None)
 

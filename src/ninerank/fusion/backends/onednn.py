@@ -7,6 +7,7 @@ The graph's other operators run as they are. An operand in bfloat16 is rounded t
 about 1e-3: what calls this holds the scores to a budget.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from torch import fx
 
 from ninerank.fusion.backends.gates import absorb_conversions
 from ninerank.fusion.backends.weights import constant_of
+from ninerank.fusion.cost import VIEWS
 from ninerank.fusion.roles import colour
 
-__all__ = ["has_packed_linear", "pack_linears"]
+__all__ = ["has_packed_linear", "pack_linears", "rounded_inputs"]
 
 aten = torch.ops.aten
 CACHED = 1 << 18  # numbers of a matrix that one row is multiplied with from the cache
@@ -87,3 +89,21 @@ def _drop_round_trips(graph: fx.Graph) -> None:
             source = node.args[0]
             if isinstance(source, fx.Node) and source.target is aten.to.dtype and source.args[1] is torch.float32:
                 node.replace_all_uses_with(source.args[0])
+
+
+def rounded_inputs(graphs: Sequence[fx.GraphModule]) -> dict[str, torch.dtype]:
+    """Inputs by name that every one of the graphs rounds to bfloat16 before anything else, or does not read."""
+    found: dict[str, torch.dtype] = {}
+    for node in graphs[0].graph.find_nodes(op="placeholder"):
+        name = node.meta["input"].name
+        same = [other for module in graphs for other in module.graph.find_nodes(op="placeholder") if other.meta["input"].name == name]
+        if any(other.users for other in same) and all(_is_rounded(other) for other in same):
+            found[name] = torch.bfloat16
+    return found
+
+
+def _is_rounded(node: fx.Node) -> bool:
+    return all(
+        (user.target is aten.to.dtype and user.args[1] is torch.bfloat16) or (user.target in VIEWS and _is_rounded(user))
+        for user in node.users
+    )
