@@ -1,6 +1,13 @@
 """One spec with every kind of feature on both sides, and random batches for it."""
 
+import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +23,7 @@ from ninerank.features.spec import (
     Side,
 )
 
+WAIT_S = 240
 MakeBatch = Callable[..., Batch]
 
 
@@ -81,3 +89,35 @@ def make_batch() -> MakeBatch:
         return Batch(request, block(spec, "item", rows, draw, most), user_row_B, label_BT)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def run_job(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+    """What the first of `world_size` processes of a job found; fails with the output of the process that failed."""
+
+    def run(script: Path, *job: str, world_size: int = 2) -> dict[str, Any]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        out = tmp_path_factory.mktemp("job") / "found.json"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(script), str(rank), str(world_size), str(port), str(out), *job],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=environment,
+            )
+            for rank in range(world_size)
+        ]
+        try:
+            said = [process.communicate(timeout=WAIT_S)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        assert [process.returncode for process in processes] == [0] * world_size, "\n".join(said)[-4000:]
+        found: dict[str, Any] = json.loads(out.read_text())
+        return found
+
+    return run

@@ -5,7 +5,7 @@ usage: sharding_job.py RANK WORLD_SIZE PORT OUT.json JOB [ARGUMENT ...]
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,8 @@ def train(embedding: EmbeddingCollection, tower: nn.Module, optimizer: Any, part
     world_size = dist.get_world_size() if isinstance(embedding, ShardedEmbeddingCollection) else 1
     dense = torch.optim.SGD(tower.parameters(), lr=0.1)
     losses, norms = [], []
-    for batch in parts:
+    for step, part_of_batch in enumerate(parts):
+        batch = embedding.prepare(part_of_batch, step=step)
         logits_BT = tower(embedding(batch))
         own = nn.functional.binary_cross_entropy_with_logits(logits_BT, batch.label_BT, reduction="sum") / ROWS
         dense.zero_grad()
@@ -136,6 +137,7 @@ def train(embedding: EmbeddingCollection, tower: nn.Module, optimizer: Any, part
             norms.append(float(clip_grad_norm_(list(tower.parameters()), optimizer, clip)))
         dense.step()
         optimizer.step()
+        embedding.finish_step(step)
         total = own.detach().clone()
         if world_size > 1:
             dist.all_reduce(total)
@@ -279,12 +281,13 @@ def pair() -> dict[str, Any]:
 JOBS: dict[str, Callable[..., dict[str, Any]]] = {"pair": pair, "uneven": uneven}
 
 
-def main() -> None:
+def run(jobs: Mapping[str, Callable[..., dict[str, Any]]]) -> None:
+    """Be one of the processes of a job that the command line names; the first one writes what was found."""
     rank, world_size, port, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
     torch.set_num_threads(1)
     store = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
-    found = JOBS[sys.argv[5]](*sys.argv[6:])
+    found = jobs[sys.argv[5]](*sys.argv[6:])
     if rank == 0:
         out.write_text(json.dumps(found))
     dist.barrier()
@@ -292,4 +295,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(JOBS)

@@ -1,5 +1,6 @@
 """The dynamic table against a model made of plain dicts, and against static tables of the same ids."""
 
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -376,3 +377,26 @@ def test_evicted_ids_come_back_as_new() -> None:
     place = mine["id"].tolist().index(1)
     for name in ("value.deep", "value.linear", "state.deep.sum", "state.linear.sum", "count", "last_seen"):
         assert torch.equal(mine[name][place], theirs[name][0]), name
+
+
+def test_a_clock_of_seconds_is_read_where_no_time_is_given():
+    table = make(clock="seconds", eviction=(LastSeen(max_age=3600),), evict_every=1)
+    table.prepare(ids_tensor([1, 2]), step=0)
+    assert table.finish_step(0) == 0
+    table.prepare(ids_tensor([2]), step=1)
+    assert table.finish_step(1, now=time.time() + 3700) == 2
+
+
+def test_ids_stand_for_several_occurrences():
+    """As if each id came so often; one that stands for none is found and not counted."""
+    one, other = (make(admission=Frequency(threshold=3)) for _ in range(2))
+    for step in range(2):
+        ids, times = ids_tensor([7, 9, 8, 5]), torch.tensor([3, 0, 1, 2])
+        rows = one.prepare(ids, step=step, times=times)
+        other.prepare(ids.repeat_interleave(times), step=step)
+        assert (rows > 0).tolist() == [True, False, False, step == 1]
+        for table in (one, other):
+            table.finish_step(step)
+    assert_same(one.state(), other.state())
+    assert one.prepare(ids_tensor([5, 7, 8]), step=2, times=torch.tensor([0, 0, 0])).bool().tolist() == [True, True, False]
+    assert one.statistics().lookups == other.statistics().lookups

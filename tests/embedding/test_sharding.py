@@ -1,10 +1,6 @@
 """Sharded tables against one process: real processes over gloo, each job in one set of them since they start slowly."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,41 +10,14 @@ pytest.importorskip("torchrec", reason="needs torchrec")
 pytestmark = pytest.mark.distributed
 
 JOB = Path(__file__).with_name("sharding_job.py")
-WAIT_S = 240
+RunJob = Callable[..., dict[str, Any]]
 RULES = ("sgd", "adagrad", "rowwise_adagrad", "adam", "ftrl")
 KINDS = ("table_wise", "row_wise", "column_wise", "data_parallel")
 
 
-def run(tmp_path: Path, *job: str, world_size: int = 2) -> dict[str, Any]:
-    """What the first of `world_size` processes found; fails with the output of the process that failed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    out = tmp_path / "found.json"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(JOB), str(rank), str(world_size), str(port), str(out), *job],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        said = [process.communicate(timeout=WAIT_S)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * world_size, "\n".join(said)[-4000:]
-    found: dict[str, Any] = json.loads(out.read_text())
-    return found
-
-
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run(tmp_path_factory.mktemp("pair"), "pair")
+def compared(run_job: RunJob) -> dict[str, Any]:
+    return run_job(JOB, "pair")
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -78,8 +47,8 @@ def test_our_kernels_ran_inside_torchrec(compared: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_three_processes_and_tables_of_fewer_rows(tmp_path: Path) -> None:
-    found = run(tmp_path, "uneven", world_size=3)
+def test_three_processes_and_tables_of_fewer_rows(run_job: RunJob) -> None:
+    found = run_job(JOB, "uneven", world_size=3)
     for kind in ("row_wise", "data_parallel"):
         assert max(found[kind].values()) <= 1e-5
 

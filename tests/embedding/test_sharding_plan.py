@@ -1,14 +1,20 @@
 """Plans as values, and TorchRec's planner behind them; no process beside this one."""
 
-import subprocess
-import sys
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
+from ninerank.embedding import dynamic
+from ninerank.embedding.dynamic import Capacity, eviction, storage
+from ninerank.embedding.sharding import capacity, make_plan
 from ninerank.embedding.sharding.config import ShardingConfig
 from ninerank.embedding.sharding.plan import Machine, Placed, Plan
-from ninerank.embedding.sharding.tables import ShardTable, check_sharding
+from ninerank.embedding.sharding.tables import ShardTable, check_sharding, growing_tables, shard_tables
 from ninerank.errors import DeviceError, SpecError
 from ninerank.features.spec import FeatureSpec, IdFeature
 
@@ -23,8 +29,6 @@ TABLES = (
 
 def planned(machine: Machine = Machine("cpu", 4, 4, 1 << 30), **config: object) -> Plan:  # noqa: B008 - it is frozen
     pytest.importorskip("torchrec", reason="needs torchrec")
-    from ninerank.embedding.sharding import make_plan
-
     return make_plan(TABLES, GROUPS, ShardingConfig.parse(config, "sharding"), machine, batch_size=256, row_bytes=ROW_BYTES)
 
 
@@ -98,21 +102,46 @@ def test_a_device_for_which_fbgemm_has_no_operators_is_refused():
         check_operators("npu")
 
 
-def test_dynamic_tables_are_for_one_process():
+def test_dynamic_tables_lie_by_id_and_are_not_placed():
     spec = FeatureSpec(labels=("click",), features=(IdFeature(name="item", role="item", dtype="int64", encoding={"kind": "dynamic"}),))
-    check_sharding(spec, GROUPS, ShardingConfig(), 1)
-    with pytest.raises(SpecError, match=r"dynamic tables \(item\) are trained by one process"):
-        check_sharding(spec, GROUPS, ShardingConfig(), 2)
+    check_sharding(spec, {"deep": 9}, ShardingConfig(default="column_wise", tables={"item": "auto"}), 2)
+    with pytest.raises(SpecError, match="item = row_wise, but it is a dynamic table: its rows always lie by id"):
+        check_sharding(spec, GROUPS, ShardingConfig(tables={"item": "row_wise"}), 2)
+    assert shard_tables(spec, ShardingConfig()) == ()
+    growing = growing_tables(spec, GROUPS, ROW_BYTES)
+    plan = make_plan((), GROUPS, ShardingConfig(), Machine("cpu", 2, 2, 1 << 20), batch_size=8, row_bytes=ROW_BYTES, growing=growing)
+    assert [(each.group, each.dim, each.row_bytes) for each in plan.growing] == [("deep", 16, 128), ("linear", 1, 8)]
+    assert Plan.from_json(plan.to_json()) == plan
+    assert re.search(r"item +│ deep +│ +grows │ +16 │ +128 B a row │ by_id │ all, by a hash of the id", printed(plan))
 
 
-def test_unknown_kinds_are_refused():
-    with pytest.raises(SpecError, match="row_wise"):
-        ShardingConfig.parse({"tables": {"item": "rowwise"}}, "sharding")
+@pytest.mark.parametrize("by", ["lru", "lfu"])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_what_is_beyond_a_capacity_is_found_over_all_processes(monkeypatch, by, world_size):
+    """Processes as threads that meet in every sum."""
+    draw = np.random.default_rng(5)
+    book = np.zeros(400, storage.BOOK)
+    book["id"] = draw.permutation(400) * (2**54) - 2**61
+    book["last_seen"], book["count"] = draw.integers(0, 7, 400), draw.integers(0, 5, 400)  # many ties, some free rows
+    owner = dynamic.shard_of(book["id"].copy(), world_size)
+    wanted = book["id"][eviction.chosen(Capacity(max_rows=200, by=by, fill=0.9), book, 9, eviction.Alone())]
+    meeting, said = threading.Barrier(world_size), [0] * world_size
+    place = threading.local()
 
+    def total(value: torch.Tensor) -> torch.Tensor:
+        said[place.rank] = int(value)
+        meeting.wait(30)
+        found = torch.tensor(sum(said))
+        meeting.wait(30)
+        return found
 
-def test_one_process_needs_neither_torchrec_nor_fbgemm():
-    code = (
-        "import sys, ninerank.training.trainer, ninerank.cli.train, ninerank.embedding.sharding.optimizer;"
-        "assert not {'torchrec', 'fbgemm_gpu', 'tensordict'} & set(sys.modules), sorted(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    def of(rank: int) -> list[int]:
+        place.rank = rank
+        own = book[owner == rank]
+        return own["id"][eviction.chosen(Capacity(max_rows=200, by=by, fill=0.9), own, 9, capacity.Everyone())].tolist()
+
+    monkeypatch.setattr(capacity, "global_sum", total)
+    with ThreadPoolExecutor(world_size) as threads:
+        parts = list(threads.map(of, range(world_size)))
+    assert sorted(own for part in parts for own in part) == sorted(wanted.tolist())
+    assert len(wanted) == (book["count"] > 0).sum() - 180

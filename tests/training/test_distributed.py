@@ -33,6 +33,21 @@ SHARDED = {
     "sharding": {"tables": {"item": "row_wise", "user": "column_wise", "tags": "data_parallel"}},
 }
 
+# Item and tags are dynamic, user and price are not: rows come by frequency, go by age and beyond a capacity.
+DYNAMIC = {
+    **{key: value for key, value in SHARDED.items() if key != "sharding"},
+    "spec.features.1.encoding": {"kind": "dynamic"},
+    "spec.features.2.encoding": {"kind": "dynamic"},
+    "embedding.dynamic": {"reserve_rows": 1024},
+    "embedding.tables.item": {
+        "reserve_rows": 1024,
+        "admission": {"kind": "frequency", "threshold": 3},
+        "eviction": [{"kind": "capacity", "max_rows": 27, "by": "lru"}],
+    },
+}
+# Of a process's own map and memory.
+OWN_FIGURES = ("num_slots", "load_factor", "num_bytes")
+
 
 @pytest.fixture
 def recipe_path(tmp_path: Path, make_recipe) -> Path:
@@ -70,7 +85,7 @@ def assert_same_course(one: Path, other: Path, tolerance: float) -> None:
     left, right = history(one), history(other)
     assert len(left) == len(right) > 8
     for a, b in zip(left, right, strict=True):
-        for key in a.keys() - {"samples_per_s"}:
+        for key in (key for key in a.keys() - {"samples_per_s"} if not key.endswith(OWN_FIGURES)):
             assert bool(a[key]) == bool(b[key]), key
             # Two scores that nearly tie may change places, which an AUC of few rows shows.
             least = 2e-3 if "auc" in key else 0.0
@@ -118,6 +133,60 @@ def test_two_processes_take_the_course_of_one_and_one_goes_on_where_two_were(rec
     assert resumed.progress.step == 10
     resumed.fit()
     assert_same_course(tmp_path / "one", tmp_path / "two", 1e-5)
+
+
+def test_dynamic_tables_take_the_course_of_one_process_and_one_goes_on(make_recipe, tmp_path):
+    pytest.importorskip("torchrec", reason="needs torchrec")
+    recipe = make_recipe(*(f"{key}={json.dumps(value)}" for key, value in DYNAMIC.items()))
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    alone = Trainer(recipe, tmp_path / "one").fit()
+    with torchrun(2, tmp_path / "recipe.yaml", "--out", tmp_path / "two") as launcher:
+        said = launcher.communicate(timeout=WAIT_S)[0]
+    assert launcher.returncode == 0, said[-4000:]
+    assert "by_id" in said
+    assert_same_course(tmp_path / "one", tmp_path / "two", 1e-5)
+
+    together = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert together["tables"].keys() == alone["tables"].keys()
+    assert together["tables"]["table.item.evicted"] > 0
+    for key, value in alone["tables"].items():
+        assert key.endswith(OWN_FIGURES) or together["tables"][key] == pytest.approx(value), key
+    assert together["test"] == pytest.approx(alone["test"], rel=1e-5, abs=2e-3)
+    one, two = (load_run(tmp_path / name).model.state_dict() for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert len(one["embedding.managed.item.id"]) > 5
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-4, atol=1e-6)
+
+    Trainer(recipe, tmp_path / "two", resume="step-10").fit()
+    assert_same_course(tmp_path / "one", tmp_path / "two", 1e-5)
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_goes_on_with_dynamic_tables_and_exports(make_recipe, tmp_path):
+    pytest.importorskip("torchrec", reason="needs torchrec")
+    from ninerank import Engine
+    from ninerank.features.reader import Reader
+    from ninerank.predictor.bundle import export_bundle
+
+    recipe = make_recipe(*(f"{key}={json.dumps(value)}" for key, value in {**DYNAMIC, "optimizer.sparse": {"kind": "adam"}}.items()))
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    Trainer(recipe, tmp_path / "one").fit()
+    with torchrun(4, tmp_path / "recipe.yaml", "--out", tmp_path / "many", "--set", "schedule.epochs=1") as launcher:
+        assert launcher.wait(timeout=WAIT_S) == 0
+    for processes, step, epochs in ((2, "step-5", 2), (1, "step-15", 2), (2, "step-15", 3)):
+        arguments = ("--out", tmp_path / "many", "--resume-from", step, "--set", f"schedule.epochs={epochs}")
+        with torchrun(processes, *arguments) as launcher:
+            said = launcher.communicate(timeout=WAIT_S)[0]
+        assert launcher.returncode == 0, said[-4000:]
+    assert_same_course(tmp_path / "one", tmp_path / "many", 1e-5)
+    run = load_run(tmp_path / "many")
+    golden = next(Reader([Path(recipe.data.dir) / "valid.parquet"], spec=run.spec, batch_size=64).epoch(0))
+    export_bundle(run.model, run.spec, golden, tmp_path / "bundle", model_name="ctr", version="1")
+    other = load_run(tmp_path / "one")
+    export_bundle(other.model, other.spec, golden, tmp_path / "other", model_name="ctr", version="1")
+    ours, theirs = (torch.as_tensor(Engine.load(tmp_path / name).score(golden)) for name in ("bundle", "other"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_a_signal_to_one_process_stops_all_after_a_checkpoint(recipe_path, tmp_path):

@@ -194,7 +194,11 @@ class EmbeddingCollection(nn.Module):
         if batch.item.dense_RF.device.type != "cpu":
             raise DataError("a batch for managed tables must be prepared on the host: call prepare() before moving it to a device")
         self.check(batch)
-        return prepared(batch, [(table, self._parts[name]) for name, table in self.managed.items()], step=step)
+        return prepared(batch, self._parts, lambda ids: self._rows_of(batch, ids, step))
+
+    def _rows_of(self, batch: Batch, ids: Mapping[str, Tensor], step: int | None) -> Mapping[str, Tensor]:
+        """Rows of all ids of a batch, by managed table."""
+        return {name: self.managed[name].prepare(own_N, step=step) for name, own_N in ids.items()}
 
     def finish_step(self, step: int) -> None:
         """End training step number `step`: managed tables age, and may give up rows."""

@@ -10,15 +10,28 @@ A training step of a managed table is
 Shape legend: N ids, D embedding dim of a group.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from ninerank.embedding.pending import PendingGradients
 from ninerank.fusion.kernels.embedding_update import RowOptimizer
 
-__all__ = ["ManagedTable"]
+__all__ = ["ManagedTable", "TableStatistics"]
+
+
+class TableStatistics(Protocol):
+    """Figures of one table, or of a part of it."""
+
+    @classmethod
+    def together(cls, parts: Sequence[Self]) -> Self:
+        """Of the whole table, from those of its parts."""
+
+    def as_metrics(self, prefix: str) -> dict[str, float]:
+        """Name -> value, as `<prefix>.<figure>`."""
 
 
 class ManagedTable(Protocol):
@@ -26,6 +39,7 @@ class ManagedTable(Protocol):
 
     name: str
     dims: dict[str, int]
+    device: torch.device
 
     @property
     def gradients(self) -> Mapping[str, PendingGradients]:
@@ -34,10 +48,11 @@ class ManagedTable(Protocol):
     def train_with(self, optimizer: RowOptimizer, lr: float) -> None:
         """Keep the optimizer's state beside the rows, from now on; the table holds no rows that were trained otherwise."""
 
-    def prepare(self, ids: Tensor, *, step: int | None = None) -> Tensor:
+    def prepare(self, ids: Tensor, *, step: int | None = None, times: Tensor | None = None) -> Tensor:
         """Rows (int64, shape of `ids`) of ids (int64, on the host); step: number of the training step, None to read alone.
 
-        One call a batch, with all ids of the table. Raises DataError for ids that the table cannot have.
+        times: occurrences that each id stands for where these are counted; 0 for one that is only read. One call a batch, with all ids
+        of the table. Raises DataError for ids that the table cannot have.
         """
 
     def rows(self, group: str, row_N: Tensor) -> Tensor:
@@ -67,8 +82,11 @@ class ManagedTable(Protocol):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take what `state` gave. Raises CheckpointError, and changes nothing, if it does not fit."""
 
+    def statistics(self) -> TableStatistics:
+        """Figures about the table."""
+
     def metrics(self) -> dict[str, float]:
-        """Figures about the table, by name."""
+        """`statistics` by name."""
 
     def close(self) -> None:
         """Give up threads and files, if it has any; it is not used afterwards. May be called twice, and in the middle of a step."""

@@ -3,7 +3,7 @@
 Shape legend: R rows of a block, N ids, F features, D embedding dim.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -13,10 +13,10 @@ from ninerank.embedding.managed import ManagedTable
 from ninerank.embedding.pooling import pool_rows
 from ninerank.embedding.rows import SideRows
 from ninerank.embedding.table import TableLayout
-from ninerank.features.batch import Batch, Block
+from ninerank.features.batch import Batch, Block, KeyedJagged
 from ninerank.features.spec import FeatureSpec, IdFeature, SequenceFeature, Side
 
-__all__ = ["SIDES", "ManagedRows", "Part", "ids_of", "pooled_keys", "prepared"]
+__all__ = ["KINDS", "SIDES", "ManagedRows", "Part", "ids_of", "pooled_keys", "prepared", "real_of"]
 
 SIDES: tuple[Side, ...] = ("request", "item")
 KINDS = ("single", "bags", "sequences")
@@ -90,30 +90,51 @@ class ManagedRows:
 
 def ids_of(batch: Batch, part: Part) -> Tensor:
     """All ids (N,) of a part's features."""
-    found = []
+    return torch.cat([ids.values[span] for ids, span in _spans(batch, part)])
+
+
+def real_of(batch: Batch, part: Part) -> Tensor | None:
+    """Which of `ids_of` (bool (N,)) are of rows that are no padding; None where all are."""
+    if not batch.padding:
+        return None
+    return torch.cat([(_row_of(ids) < batch.num_real_rows)[span] for ids, span in _spans(batch, part)])
+
+
+def _spans(batch: Batch, part: Part) -> Iterator[tuple[KeyedJagged, slice]]:
     for side in SIDES:
         for kind in KINDS:
             ids, keys = getattr(getattr(batch, side), kind), getattr(getattr(part, side), kind).keys
             spans = ids.spans() if keys else {}
-            found += [ids.values[spans[key]] for key in keys]
-    return torch.cat(found)
+            for key in keys:
+                yield ids, spans[key]
 
 
-def prepared(batch: Batch, tables: Collection[tuple[ManagedTable, Part]], *, step: int | None) -> Batch:
-    """The batch with rows in place of the ids of managed tables, each told all of its ids in one call."""
-    parts = {(side, kind): getattr(getattr(batch, side), kind) for side in SIDES for kind in KINDS}
-    spans = {place: ids.spans() for place, ids in parts.items()}
-    values = {place: ids.values.clone() for place, ids in parts.items()}
-    for table, part in tables:
-        own = [(place, spans[place][key]) for place in parts for key in getattr(getattr(part, place[0]), place[1]).keys]
-        ids_N = torch.cat([parts[place].values[span] for place, span in own])
-        row_N = table.prepare(ids_N, step=step)
-        for (place, span), rows in zip(own, torch.split_with_sizes(row_N, [span.stop - span.start for _, span in own]), strict=True):
+def _row_of(ids: KeyedJagged) -> Tensor:
+    """Row (N,) of the batch that each id belongs to."""
+    row_M = torch.arange(ids.num_rows).repeat(len(ids.keys))
+    return row_M if ids.lengths is None else row_M.repeat_interleave(ids.lengths, output_size=ids.values.numel())
+
+
+def prepared(batch: Batch, parts: Mapping[str, Part], rows_of: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]) -> Batch:
+    """The batch with rows in place of the ids of managed tables; `rows_of` is told all ids of all of them at once, by table."""
+    values = {(side, kind): getattr(getattr(batch, side), kind).values.clone() for side in SIDES for kind in KINDS}
+    places = {
+        table: [
+            ((side, kind), getattr(getattr(batch, side), kind).spans()[key])
+            for side, kind in values
+            for key in getattr(getattr(part, side), kind).keys
+        ]
+        for table, part in parts.items()
+    }
+    found = rows_of({table: torch.cat([values[place][span] for place, span in own]) for table, own in places.items()})
+    for table, own in places.items():
+        parted = torch.split_with_sizes(found[table], [span.stop - span.start for _, span in own])
+        for (place, span), rows in zip(own, parted, strict=True):
             values[place][span] = rows
 
     def block(side: Side) -> Block:
-        single, bags, sequences = (replace(parts[side, kind], values=values[side, kind]) for kind in KINDS)
-        own: Block = getattr(batch, side)
-        return replace(own, single=single, bags=bags, sequences=sequences)
+        whole: Block = getattr(batch, side)
+        single, bags, sequences = (replace(getattr(whole, kind), values=values[side, kind]) for kind in KINDS)
+        return replace(whole, single=single, bags=bags, sequences=sequences)
 
     return replace(batch, request=block("request"), item=block("item"), is_prepared=True)

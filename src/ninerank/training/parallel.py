@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ninerank.device import Device
 from ninerank.embedding.sharding import Machine, Plan
-from ninerank.embedding.sharding.tables import check_sharding, shard_tables
+from ninerank.embedding.sharding.tables import check_sharding, growing_tables, shard_tables
 from ninerank.errors import SpecError
 from ninerank.features.batch import Batch
 from ninerank.features.spec import FeatureSpec
@@ -71,13 +71,15 @@ def plan_for(recipe: Recipe, num_processes: int) -> Plan:
     spec = fit_spec(recipe.spec, recipe.data.files("train"), recipe.data)
     groups = recipe.model.groups(len(spec.labels))
     check_sharding(spec, groups, recipe.sharding, num_processes)
+    sizes = row_bytes(recipe.optimizer.sparse.rule, groups)
     return make_plan(
         shard_tables(spec, recipe.sharding),
         groups,
         recipe.sharding,
         machine_of(recipe, device, num_processes, num_processes),
         batch_size=-(-recipe.data.batch_size // num_processes),
-        row_bytes=row_bytes(recipe.optimizer.sparse.rule, groups),
+        row_bytes=sizes,
+        growing=growing_tables(spec, groups, sizes),
     )
 
 

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ninerank.embedding.shard import Shard
 from ninerank.towers.model import RankingModel
-from ninerank.training.checkpoint import BestWeights, Checkpoint, load_weights
+from ninerank.training.checkpoint import BestWeights, ById, Checkpoint
 from ninerank.training.checkpoint.managed import managed_tree, read_managed
 from ninerank.training.checkpoint.tree import Tree
 from ninerank.training.optimizer import ModelOptimizer
 from ninerank.training.state import flatten, restore
 
-__all__ = ["fill", "fill_best", "tensors_of"]
+__all__ = ["fill", "fill_best", "tensors_of", "weights_of"]
 
 
 def tensors_of(model: RankingModel, optimizer: ModelOptimizer) -> tuple[dict[str, Tree], Any]:
@@ -45,9 +45,19 @@ def _optimizer_tensors(checkpoint: Checkpoint, optimizer: ModelOptimizer) -> dic
     return dense | {name: shard.tensor for name, shard in shards.items()}
 
 
+def weights_of(model: RankingModel) -> dict[str, Tree]:
+    """What scores, of a model over any number of processes: each names what it holds."""
+    weights: dict[str, Any] = {**model.static_state()}
+    return weights | {_managed(name): ById(table.values_state()) for name, table in model.embedding.by_id.items()}
+
+
 def fill_best(best: BestWeights, model: RankingModel) -> None:
-    """Take the best weights: read into the model without a second copy in memory, unless tables are by id. Raises CheckpointError."""
-    if not model.embedding.by_id:
-        best.open().read({"model": model.static_state(reading=True)})
-    else:
-        load_weights(model, best.load(), str(best.directory))
+    """Take the best weights, as `weights_of` gave them: read into the model without a second copy in memory. Raises CheckpointError."""
+    archive = best.open()
+    archive.read({"model": model.static_state(reading=True)})
+    for name, table in model.embedding.by_id.items():
+        table.load_values(archive.by_id(f"model.{_managed(name)}"))
+
+
+def _managed(table: str) -> str:
+    return f"embedding.managed.{table}"

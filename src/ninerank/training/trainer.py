@@ -34,7 +34,7 @@ from ninerank.training.prefetch import Prefetch
 from ninerank.training.processes import Processes
 from ninerank.training.recipe import Recipe
 from ninerank.training.run import RunDir
-from ninerank.training.saved import fill, fill_best, tensors_of
+from ninerank.training.saved import fill, fill_best, tensors_of, weights_of
 from ninerank.training.schedule import EarlyStopping, is_gain
 from ninerank.training.scoring import measure
 from ninerank.training.state import generator_state, reseed, restore_generators
@@ -241,7 +241,7 @@ class Trainer:
         if is_gain(early.metric, value, progress.best_value, early.min_delta):
             progress.best_epoch, progress.best_value, progress.best_metrics = progress.epoch, value, metrics
             progress.epochs_without_gain = 0
-            self.best.save(self.model.static_state() if self._is_sharded else self.model.state_dict(), epoch=progress.epoch)
+            self.best.save(weights_of(self.model), epoch=progress.epoch)
         else:
             progress.epochs_without_gain += 1
             progress.reductions += 1
@@ -288,10 +288,6 @@ class Trainer:
     def _on_first(self, act: Callable[[], T]) -> T:
         """What `act` does on the first process alone; its error is raised on all."""
         return act() if self.processes.world_size == 1 else self._peers.from_first(act)
-
-    @property
-    def _is_sharded(self) -> bool:
-        return isinstance(self.model.embedding, ShardedEmbeddingCollection)
 
     def _measure(self, split: Split, label: str) -> dict[str, float | None]:
         agree_on_buffers(self.model, self.processes)

@@ -4,7 +4,7 @@ Ages are in the units of the table's clock, steps or seconds. Choices depend on 
 the smaller id, so that they are the same wherever the rows happen to lie.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,9 @@ from pydantic import Field
 
 from ninerank.config import Config
 
-__all__ = ["Capacity", "EvictionConfig", "LastSeen", "LeastFrequent", "smallest"]
+__all__ = ["Alone", "Capacity", "EvictionConfig", "LastSeen", "LeastFrequent", "Sharers", "chosen", "smallest"]
+
+Keys = npt.NDArray[np.number[Any]]
 
 
 class LastSeen(Config):
@@ -33,8 +35,8 @@ class LeastFrequent(Config):
 class Capacity(Config):
     """Keeps at most `max_rows`: beyond it, rows are given up until `fill * max_rows` remain.
 
-    by: `lru` gives up the rows longest unseen (of these the least counted), `lfu` the least counted (of these the longest unseen). `fill`
-    below 1 spreads the cost of choosing over many steps.
+    Of a table over several processes the rows of all are counted. by: `lru` gives up the rows longest unseen (of these the least
+    counted), `lfu` the least counted (of these the longest unseen). `fill` below 1 spreads the cost of choosing over many steps.
     """
 
     kind: Literal["capacity"] = "capacity"
@@ -50,7 +52,40 @@ class Capacity(Config):
 EvictionConfig = Annotated[LastSeen | LeastFrequent | Capacity, Field(discriminator="kind")]
 
 
-def smallest(count: int, *keys: npt.NDArray[np.number[Any]]) -> npt.NDArray[np.int64]:
+class Sharers(Protocol):
+    """Those that hold the rows of one table, each its own. What is asked of one is asked of all at the same moment."""
+
+    def total(self, own_rows: int) -> int:
+        """Rows of all."""
+
+    def smallest(self, count: int, *keys: Keys) -> npt.NDArray[np.int64]:
+        """Positions of those of the own entries that are among the `count` smallest of all, by keys as `smallest` takes them."""
+
+
+class Alone:
+    """The holder of a whole table."""
+
+    def total(self, own_rows: int) -> int:
+        return own_rows
+
+    def smallest(self, count: int, *keys: Keys) -> npt.NDArray[np.int64]:
+        return smallest(count, *keys)
+
+
+def chosen(policy: EvictionConfig, book: npt.NDArray[Any], tick: int, sharers: Sharers) -> npt.NDArray[np.int64]:
+    """Rows to give up by a policy, of those whose records (`storage.BOOK`) `book` has; tick: the step or time that ages run to."""
+    if not isinstance(policy, Capacity):
+        old = (book["count"] > 0) & (book["last_seen"] < tick - policy.max_age)
+        return np.flatnonzero(old if isinstance(policy, LastSeen) else old & (book["count"] < policy.min_count))
+    rows = np.flatnonzero(book["count"])
+    size = sharers.total(len(rows))
+    if size <= policy.max_rows:
+        return np.empty(0, np.int64)
+    order = ("last_seen", "count") if policy.by == "lru" else ("count", "last_seen")
+    return rows[sharers.smallest(size - policy.rows_kept, *(book[key][rows] for key in (*order, "id")))]
+
+
+def smallest(count: int, *keys: Keys) -> npt.NDArray[np.int64]:
     """Positions of the `count` smallest entries by the first key, ties by the next one, and so on; O(n) a key, in no order.
 
     >>> sorted(smallest(2, np.array([3, 1, 1, 1]), np.array([0, 9, 7, 8])).tolist())

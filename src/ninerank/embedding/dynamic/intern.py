@@ -1,10 +1,12 @@
 """Kernels that turn raw ids into rows: known ids, ids that get a row now, and the distinct ones among those that may not."""
 
-from ninerank.embedding.dynamic.idmap import home, seek
+import numpy as np
+
+from ninerank.embedding.dynamic.idmap import IdMap, Ints, home, seek
 from ninerank.embedding.dynamic.native import AHEAD, prefetch
 from ninerank.features.native import jit
 
-__all__ = ["distinct", "intern"]
+__all__ = ["intern", "occurrences"]
 
 
 @jit
@@ -37,7 +39,7 @@ def intern(slots, key, shift, ids, first, size, limit, free, num_free, used, num
 
 
 @jit
-def distinct(slots, key, shift, ids, which, counts):  # type: ignore[no-untyped-def]
+def _number(slots, key, shift, ids, which, counts):  # type: ignore[no-untyped-def]
     """Number the distinct ids in the order of their first occurrence, in an empty map that is large enough for all.
 
     which: int64 (N,) output, the number of each id. counts: int64 (N,) output, occurrences of each number. Returns how many there are.
@@ -52,3 +54,17 @@ def distinct(slots, key, shift, ids, which, counts):  # type: ignore[no-untyped-
         which[i] = slots[slot, 1] - 1
         counts[which[i]] += 1
     return found
+
+
+def occurrences(ids: Ints) -> tuple[Ints, Ints, Ints]:
+    """Which distinct id each of `ids` (N,) is, in the order of their first occurrence; how often each one occurs, and where first.
+
+    >>> [part.tolist() for part in occurrences(np.array([7, -1, 7]))]
+    [[0, 1, 0], [2, 1], [0, 1]]
+    """
+    scratch = IdMap(len(ids))
+    which, counts = np.empty((2, len(ids)), np.int64)
+    found = _number(scratch.slots, scratch.key, scratch.shift, ids, which, counts)
+    first = np.empty(found, np.int64)
+    first[which[::-1]] = np.arange(len(ids))[::-1]
+    return which, counts[:found], first

@@ -1,6 +1,7 @@
 """Figures of a dynamic table, ready to be logged."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 
 __all__ = ["DynamicTableStatistics"]
 
@@ -26,6 +27,13 @@ class DynamicTableStatistics:
     rejected: int
     evicted: int
     num_bytes: int
+
+    @classmethod
+    def together(cls, parts: Sequence["DynamicTableStatistics"]) -> "DynamicTableStatistics":
+        """Of a table whose rows several processes hold: what they count is added up; `max_rows` is that of the table."""
+        sums = {field.name: sum(getattr(part, field.name) for part in parts) for field in fields(cls)}
+        load_factor = sums["size"] / sums["num_slots"] if sums["num_slots"] else 0.0
+        return cls(**{**sums, "load_factor": load_factor, "max_rows": parts[0].max_rows})
 
     @property
     def hit_rate(self) -> float:

@@ -24,9 +24,9 @@ from torch import Tensor
 from ninerank.embedding.changes import Changes, column_of
 from ninerank.embedding.dynamic.admission import admission
 from ninerank.embedding.dynamic.config import DynamicTableConfig
-from ninerank.embedding.dynamic.eviction import Capacity, EvictionConfig, LastSeen, smallest
+from ninerank.embedding.dynamic.eviction import Alone, Capacity, EvictionConfig, Sharers, chosen
 from ninerank.embedding.dynamic.idmap import IdMap, Ints
-from ninerank.embedding.dynamic.intern import distinct, intern
+from ninerank.embedding.dynamic.intern import intern, occurrences
 from ninerank.embedding.dynamic.lock import SharedLock
 from ninerank.embedding.dynamic.rules import FusedRule
 from ninerank.embedding.dynamic.state import check_state
@@ -45,8 +45,8 @@ class DynamicTable:
     """Rows of the ids that were admitted, one storage per group of equal dim, all addressed by the same row numbers.
 
     dims: dim of each group, e.g. `{"deep": 16, "linear": 1}`. rule: how `update` changes rows, and which state it keeps beside them; None
-    for a table that is only read. Threads: any number may `lookup(train=False)` at once, beside one that trains; training calls and
-    whatever reads `values` stay in one thread.
+    for a table that is only read. `sharers`, to be set before the first step, hold the other rows of the table: `Capacity` counts all.
+    Threads: any number may `lookup(train=False)` at once, beside one that trains; training calls and whatever reads `values` stay in one.
 
     >>> table = DynamicTable("item", {"deep": 4}, DynamicTableConfig(), seed=1)
     >>> table.lookup(torch.tensor([7, -1, 7]), train=True, step=0).tolist(), len(table)
@@ -59,6 +59,8 @@ class DynamicTable:
         if not dims or min(dims.values()) < 1:
             raise SpecError(f"dynamic table {name!r}: dims {dict(dims)}; at least one group with a dim of at least 1 is needed")
         self.name, self.dims, self.config, self.seed, self.rule = name, dict(dims), config, seed, rule
+        self.device = torch.device("cpu")
+        self.sharers: Sharers = Alone()
         self.gradients = {group: PendingGradients(skip_row=0) for group in dims}
         self.version, self.generation = 1, 0
         self._lock = SharedLock()
@@ -141,18 +143,15 @@ class DynamicTable:
         unknown = np.flatnonzero(rows == 0)
         if len(unknown) == 0:
             return unknown, 0
-        scratch = IdMap(len(unknown))
-        which, counts = np.empty((2, len(unknown)), np.int64)
-        found = distinct(scratch.slots, scratch.key, scratch.shift, ids[unknown], which, counts)
-        first = np.empty(found, np.int64)
-        first[which[::-1]] = unknown[::-1]
+        which, counts, first = occurrences(ids[unknown])
+        first = unknown[first]
         news = ids[first]
-        admitted = self.admission.admit(news, counts[:found], step)
-        own = np.zeros(found, np.int64)
+        admitted = self.admission.admit(news, counts, step)
+        own = np.zeros(len(news), np.int64)
         own[admitted], _ = self._intern(news[admitted])
         self._start(own[admitted], news[admitted], tick)
         rows[unknown] = own[which]
-        return first[admitted], int(counts[:found][~admitted].sum())
+        return first[admitted], int(counts[~admitted].sum())
 
     def _intern(self, ids: Ints) -> tuple[Ints, Ints]:
         """Rows of ids, which are all to have one, and the positions at which a new id got its row."""
@@ -177,11 +176,25 @@ class DynamicTable:
         if len(self.removed):
             self.removed.remove(ids)
 
-    def prepare(self, ids: Tensor, *, step: int | None = None) -> Tensor:
-        """Rows of a batch's raw ids, `MISSING_ID` among them; step: number of the training step, None to read alone."""
-        now = time.time() if self.config.clock == "seconds" else None
+    def prepare(self, ids: Tensor, *, step: int | None = None, times: Tensor | None = None) -> Tensor:
+        """Rows of a batch's raw ids, `MISSING_ID` among them; step: number of the training step, None to read alone.
+
+        times (N,): occurrences that each of `ids` (N,) stands for, as if it came so often; one that stands for none is found if it has a
+        row then, and counts nowhere.
+        """
+        if times is not None:
+            rows = torch.empty_like(ids)
+            is_counted = times > 0
+            found = self.prepare(ids.repeat_interleave(times), step=step)
+            rows[is_counted] = found[(times.cumsum(0) - times)[is_counted]]
+            with self._lock.reading():
+                rows[~is_counted] = torch.from_numpy(self.ids.find(ids[~is_counted].numpy()))
+            return rows
         missing = ids == MISSING_ID
-        return self.lookup(ids, train=step is not None, step=step, now=now, missing=missing if bool(missing.any()) else None)
+        return self.lookup(ids, train=step is not None, step=step, now=self._now(), missing=missing if bool(missing.any()) else None)
+
+    def _now(self) -> float | None:
+        return time.time() if self.config.clock == "seconds" else None
 
     def train_with(self, optimizer: RowOptimizer, lr: float) -> None:
         """Keep the optimizer's state beside the rows, which start it now."""
@@ -228,9 +241,10 @@ class DynamicTable:
         """End step number `step`: counts age, and rows are given up if it is time. Returns how many.
 
         While another step is open (its lookup came ahead) nothing is given up until that one ends. Steps are numbered without gaps.
-        Raises RuntimeError if gradients are left, whose rows might go to other ids: `update` applies them, `zero_grad` drops them.
+        now: the time in seconds, by default the clock's. Raises RuntimeError if gradients are left, whose rows might go to other ids:
+        `update` applies them, `zero_grad` drops them.
         """
-        tick = self._time(step, now)
+        tick = self._time(step, self._now() if now is None else now)
         if any(self.gradients.values()):
             raise RuntimeError(f"dynamic table {self.name!r}: step {step} ends with gradients left; call update or zero_grad first")
         with self._lock.writing():
@@ -244,31 +258,19 @@ class DynamicTable:
         return self._evict([policy for policy in self.config.eviction if due or isinstance(policy, Capacity)])
 
     def evict(self, *policies: EvictionConfig) -> int:
-        """Give up rows by the policies, or by all of the configuration's if none is named; returns how many.
-
-        Ages run to the latest step, or time, that the table was told. Raises RuntimeError in the middle of a step.
+        """Give up rows by the policies, or by all of the configuration's if none is named; returns how many. Ages run to the latest step,
+        or time, that the table was told. Raises RuntimeError in the middle of a step.
         """
         self._check_between_steps("eviction")
         return self._evict(policies or self.config.eviction)
 
     def _evict(self, policies: Iterable[EvictionConfig]) -> int:
         with self._lock.writing():
-            return sum(self._give_up(self._choose(policy)) for policy in policies)
+            return sum(self._give_up(chosen(policy, self.storage.book, self._tick, self.sharers)) for policy in policies)
 
     def _check_between_steps(self, what: str) -> None:
         if self._open_steps:
             raise RuntimeError(f"dynamic table {self.name!r}: {what} in the middle of step {min(self._open_steps)}; call finish_step first")
-
-    def _choose(self, policy: EvictionConfig) -> Ints:
-        if isinstance(policy, Capacity) and len(self) <= policy.max_rows:
-            return np.empty(0, np.int64)
-        book = self.storage.book
-        if isinstance(policy, Capacity):
-            rows = self.storage.live()
-            order = ("last_seen", "count") if policy.by == "lru" else ("count", "last_seen")
-            return rows[smallest(len(rows) - policy.rows_kept, *(book[key][rows] for key in (*order, "id")))]
-        old = (book["count"] > 0) & (book["last_seen"] < self._tick - policy.max_age)
-        return np.flatnonzero(old if isinstance(policy, LastSeen) else old & (book["count"] < policy.min_count))
 
     def remove(self, ids: Tensor) -> int:
         """Give up the rows of these ids, as far as they have one; returns how many. Raises RuntimeError in the middle of a step."""

@@ -1,4 +1,4 @@
-"""Static tables over several processes, on TorchRec: plan, lookup, update. Importing this package loads no TorchRec.
+"""Tables over several processes: static ones on TorchRec, dynamic ones dealt out by id. Importing this package loads no TorchRec.
 
 collection = ShardedEmbeddingCollection(spec, groups, config, seed=..., sharding=ShardingConfig(), ...)
 optimizer = ShardedOptimizer(collection, SparseOptimizerConfig())

@@ -5,6 +5,7 @@ Shape legend: B rows of this process, Fd dense features, Fs pooled fields, L seq
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,17 +13,27 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ninerank.embedding.collection import EmbeddingCollection, EmbeddingConfig, pooled_keys
+from ninerank.embedding.dynamic.state import shard_of
+from ninerank.embedding.dynamic.table import DynamicTable
+from ninerank.embedding.index import BatchIndex
+from ninerank.embedding.managed import TableStatistics
+from ninerank.embedding.part import KINDS, real_of
 from ninerank.embedding.pooling import Jagged, Padding, pool_rows
 from ninerank.embedding.shard import Shard, absent
+from ninerank.embedding.sharding.capacity import Everyone
 from ninerank.embedding.sharding.config import ShardingConfig
-from ninerank.embedding.sharding.plan import Machine, Placed, Plan
+from ninerank.embedding.sharding.dealt import Dealt, DealtRows, DealtTables
+from ninerank.embedding.sharding.exchange import global_sum
+from ninerank.embedding.sharding.plan import Growing, Machine, Placed, Plan
 from ninerank.embedding.sharding.storage import BlockStorage, Held
-from ninerank.embedding.sharding.tables import ShardTable, check_sharding, shard_tables
+from ninerank.embedding.sharding.tables import ShardTable, check_sharding, growing_tables, shard_tables
 from ninerank.errors import DataError, NinerankError, SpecError
 from ninerank.features.batch import Batch, KeyedJagged
 from ninerank.features.spec import FeatureSpec, IdFeature, SequenceFeature
 
 __all__ = ["ShardedEmbeddingCollection"]
+
+WIRES = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -34,10 +45,11 @@ class _Ids:
 
 
 class ShardedEmbeddingCollection(EmbeddingCollection):
-    """Twin of `EmbeddingCollection` whose static tables lie over the processes of the default group.
+    """Twin of `EmbeddingCollection` whose tables lie over the processes of the default group: static ones as planned, dynamic ones by id.
 
-    Every process calls `forward` with its rows of the global batch, as many as the others. Start values, outputs and gradients
-    are those of one process. Raises SpecError for what cannot be sharded and DeviceError where the tables do not fit.
+    Every process calls `prepare`, `forward`, `finish_step` and `table_metrics` alike, with its rows of the global batch, as many as the
+    others. Start values, outputs and gradients are those of one process; `managed` holds this process's part of each dynamic table.
+    Raises SpecError for what cannot be sharded and DeviceError where the tables do not fit.
     """
 
     def __init__(
@@ -53,9 +65,6 @@ class ShardedEmbeddingCollection(EmbeddingCollection):
         batch_size: int,
         row_bytes: Mapping[str, int],
     ) -> None:
-        from ninerank.embedding.sharding.planner import collections_of
-        from ninerank.embedding.sharding.torchrec import distribute
-
         if config.mode != "sparse":
             raise SpecError("sharding needs embedding mode 'sparse'; in mode 'dense' every process keeps all tables")
         if sharding.quantised_comms == "bf16" and machine.kind == "cpu":
@@ -66,13 +75,34 @@ class ShardedEmbeddingCollection(EmbeddingCollection):
         self.device = device
         self.storages: list[BlockStorage] = []
         self._tables = shard_tables(spec, sharding)
-        self.plan = _agreed_plan(self._tables, groups, sharding, machine, batch_size=batch_size, row_bytes=row_bytes)
-        collections, names = collections_of(self._tables, groups)
+        sizes = growing_tables(spec, groups, row_bytes)
+        self.plan = _agreed_plan(self._tables, groups, sharding, machine, growing=sizes, batch_size=batch_size, row_bytes=row_bytes)
+        self.dealt: DealtTables | None = None
+        self._deal(spec, sharding, seed)
+        self._distributed: tuple[Any, ...] = ()
+        self._name_in: dict[tuple[str, str], str] = {}
+        self._number = {name: f"f{i}" for i, name in enumerate(name for table in self._tables for name in table.features)}
+        if self._tables:
+            self._distribute(sharding, machine, seed)
+        self._pooled = [table for table in self._tables if table.is_pooled]
+        self._unpooled = [table for table in self._tables if not table.is_pooled]
+        self._fields = pooled_keys(spec)
+        static = {name for table in self._tables for name in table.features}
+        self._mean = {f.name for f in spec.features if isinstance(f, IdFeature) and f.multi and f.pooling == "mean" and f.name in static}
+        self._max_length = {f.name: f.max_length for f in spec.features if isinstance(f, SequenceFeature) and f.name in static}
+        self._single = {*spec.single_keys("request"), *spec.single_keys("item")}
+
+    def _distribute(self, sharding: ShardingConfig, machine: Machine, seed: int) -> None:
+        """Put the static tables where the plan says."""
+        from ninerank.embedding.sharding.planner import collections_of
+        from ninerank.embedding.sharding.torchrec import distribute
+
+        collections, names = collections_of(self._tables, self.dims)
         at = {(placed.table, placed.group): placed for placed in self.plan.placed}
         placed: dict[str, Placed] = {name: at[table.name, group] for name, (table, group) in names.items()}
 
         def make(held: tuple[Held, ...]) -> BlockStorage:
-            storage = BlockStorage(held, device, kernel=sharding.kernel, seed=seed, init_std=config.init_std)
+            storage = BlockStorage(held, self.device, kernel=sharding.kernel, seed=seed, init_std=self.config.init_std)
             self.storages.append(storage)
             return storage
 
@@ -83,35 +113,39 @@ class ShardedEmbeddingCollection(EmbeddingCollection):
                 self.plan,
                 placed,
                 make,
-                device=device,
+                device=self.device,
                 quantised=sharding.quantised_comms,
                 local_world_size=machine.local_world_size,
             ),
         )
-        self._pooled = [table for table in self._tables if table.is_pooled]
-        self._unpooled = [table for table in self._tables if not table.is_pooled]
-        self._number = {name: f"f{i}" for i, name in enumerate(name for table in self._tables for name in table.features)}
-        self._fields = pooled_keys(spec)
-        self._mean = {f.name for f in spec.features if isinstance(f, IdFeature) and f.multi and f.pooling == "mean"}
-        self._max_length = {f.name: f.max_length for f in spec.features if isinstance(f, SequenceFeature)}
-        self._single = {*spec.single_keys("request"), *spec.single_keys("item")}
-        self._name_in: dict[tuple[str, str], str] = {}
         for name, (table, group) in names.items():
             for feature in table.features:
                 number = self._number[feature]
-                is_shared = table.is_pooled and len(groups) > 1
+                is_shared = table.is_pooled and len(self.dims) > 1
                 self._name_in[feature, group] = f"{number}@{name}" if is_shared else number
+
+    def _deal(self, spec: FeatureSpec, sharding: ShardingConfig, seed: int) -> None:
+        """Make this process's part of every dynamic table."""
+        dealt = {}
+        for name, table in spec.tables.items():
+            if table.is_dynamic:
+                own = DynamicTable(name, self.dims, self.config.dynamic_table(name), seed=seed)
+                own.sharers = Everyone()
+                self.manage(spec, own)
+                dealt[name] = Dealt(own, partial(shard_of, world_size=self.plan.world_size))
+        if dealt:
+            self.dealt = DealtTables(dealt, self.dims, device=self.device, wire=WIRES[sharding.quantised_comms])
 
     def forward(self, batch: Batch, *, check: bool = True, pad: bool = False) -> dict[str, Tensor]:
         """As `EmbeddingCollection.forward`, for this process's rows; sequences are padded to the longest of this process's rows."""
         if batch.user_row_B is not None:
             raise DataError("sharded tables take training batches; a rank call is scored by one process")
-        if check and batch.item.dense_RF.device.type == "cpu":
-            self.check(batch)
+        batch = self._checked(batch, check)
         ids = _ids_by_feature(batch)
         fields = self._look_up_bags(ids)
         rows = self._look_up_each(ids)
         inputs = {"dense": torch.cat([batch.request.dense_RF, batch.item.dense_RF], dim=1)}
+        fields.update(self._look_up_dealt(batch, inputs, pad=pad))
         for group, dim in self.dims.items():
             for table in self._unpooled:
                 for feature in table.features:
@@ -129,6 +163,48 @@ class ShardedEmbeddingCollection(EmbeddingCollection):
             for group in self.dims:
                 inputs[f"{group}.seq.{feature}"] = padding.pad(rows[feature, group])[0]
         return inputs
+
+    def _rows_of(self, batch: Batch, ids: Mapping[str, Tensor], step: int | None) -> Mapping[str, Tensor]:
+        assert self.dealt is not None
+        return self.dealt.prepare(ids, {name: real_of(batch, self._parts[name]) for name in ids}, step=step)
+
+    def _look_up_dealt(self, batch: Batch, inputs: dict[str, Tensor], *, pad: bool) -> dict[tuple[str, str], Tensor]:
+        """Fields (B, D) by feature and group of the dealt tables; their sequences and where these are go to `inputs`."""
+        fields: dict[tuple[str, str], Tensor] = {}
+        if self.dealt is None:
+            return fields
+        selected = {name: self._parts[name].select(batch) for name in self.managed}
+        ids = (getattr(block, kind).values for own in selected.values() for block in (own.request, own.item) for kind in KINDS)
+        self.dealt.fetch(next((int(values[0]) for values in ids if values.numel()), None))
+        length = self.config.padding if pad else self.config.sequence_length
+        for name, own in selected.items():
+            part = self._parts[name]
+            index = BatchIndex(part.request, part.item, own, length=length)
+            for group in self.dims:
+                values, sequences = index.assemble(DealtRows(self.dealt, name, group))
+                if values is not None:
+                    fields.update({(key, group): column for key, column in zip(part.keys, values.unbind(1), strict=True)})
+                inputs.update({f"{group}.seq.{key}": rows for key, rows in sequences.items()})
+            inputs.update(index.places())
+        return fields
+
+    def finish_step(self, step: int) -> None:
+        """End training step number `step`, on all processes."""
+        if self.dealt is not None:
+            self.dealt.retire()
+        super().finish_step(step)
+
+    def table_metrics(self) -> dict[str, float]:
+        """Figures of the managed tables of all processes together, the same everywhere."""
+        if not self.managed:
+            return {}
+        everyone: list[Any] = [None] * self.plan.world_size
+        dist.all_gather_object(everyone, {name: table.statistics() for name, table in self.managed.items()})
+        found: dict[str, float] = {}
+        for name in self.managed:
+            parts: list[TableStatistics] = [own[name] for own in everyone]
+            found.update(type(parts[0]).together(parts).as_metrics(f"table.{name}"))
+        return found
 
     def shards(self, *, reading: bool = False) -> dict[str, Shard]:
         """This process's block of each table's values under `groups.<group>.<table>`, without elements where it has none.
@@ -150,8 +226,15 @@ class ShardedEmbeddingCollection(EmbeddingCollection):
 
     @property
     def num_values(self) -> int:
-        """Values of all tables of all processes, copies counted once."""
-        return sum(placed.num_rows * placed.dim for placed in self.plan.placed)
+        """Values of all tables of all processes, copies counted once. A collective call where there are dynamic tables."""
+        static = sum(placed.num_rows * placed.dim for placed in self.plan.placed)
+        if not self.managed:
+            return static
+        # The default row, which each process has, is one.
+        own = [
+            (table.num_rows(group) - (dist.get_rank() > 0)) * dim for table in self.managed.values() for group, dim in table.dims.items()
+        ]
+        return static + int(global_sum(torch.tensor(sum(own))))
 
     def _look_up_bags(self, ids: Mapping[str, _Ids]) -> dict[tuple[str, str], Tensor]:
         """Sums (B, D) by feature and group, of the tables that are only pooled."""
@@ -206,6 +289,7 @@ def _agreed_plan(
     config: ShardingConfig,
     machine: Machine,
     *,
+    growing: tuple[Growing, ...],
     batch_size: int,
     row_bytes: Mapping[str, int],
 ) -> Plan:
@@ -215,7 +299,7 @@ def _agreed_plan(
     found: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            found[0] = make_plan(tables, groups, config, machine, batch_size=batch_size, row_bytes=row_bytes).to_json()
+            found[0] = make_plan(tables, groups, config, machine, growing=growing, batch_size=batch_size, row_bytes=row_bytes).to_json()
         except NinerankError as problem:
             found[1] = problem
     dist.broadcast_object_list(found, src=0)

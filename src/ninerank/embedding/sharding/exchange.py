@@ -1,7 +1,9 @@
-"""Collective calls beside TorchRec's: sums, and touched rows of every process.
+"""Collective calls beside TorchRec's: sums, touched rows of every process, rows from each process to each other one.
 
-Shape legend: K rows of one process, D columns, W processes.
+Shape legend: K rows of one process, D columns, W processes, T tables.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import distributed as dist
 
 from ninerank.fusion.lookup import LookupGrad
 
-__all__ = ["gather_rows", "global_sum"]
+__all__ = ["by_process", "by_table", "gather_rows", "global_sum", "swap", "swap_sizes"]
 
 
 def global_sum(value: Tensor) -> Tensor:
@@ -46,3 +48,43 @@ def _gather_padded(own: Tensor, length: int) -> list[Tensor]:
     parts = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, padded)
     return parts
+
+
+def swap_sizes(size_WT: Tensor) -> Tensor:
+    """What every process has for this one (int64 (W, T), on the host), from what this one has for every process."""
+    received_WT = torch.empty_like(size_WT)
+    dist.all_to_all_single(received_WT, size_WT.contiguous())
+    return received_WT
+
+
+def swap(row_K: Tensor, sent_WT: Tensor, received_WT: Tensor, wire: torch.dtype | None = None) -> Tensor:
+    """Rows of all processes for this one, from its rows for all of them, each in the order of the processes.
+
+    wire: type in which floating-point rows travel; bytes travel, so that every backend takes every type.
+    """
+    sent = row_K if wire is None else row_K.to(wire)
+    sent = sent.contiguous().view(torch.uint8)
+    received = sent.new_empty(int(received_WT.sum()), *sent.shape[1:])
+    dist.all_to_all_single(received, sent, received_WT.sum(1).tolist(), sent_WT.sum(1).tolist())
+    rows = received.view(row_K.dtype if wire is None else wire)
+    return rows.to(row_K.dtype)
+
+
+def by_process(of_tables: Sequence[Tensor], size_WT: Tensor) -> Tensor:
+    """One message: for each process the rows of every table, from the rows of each table in the order of the processes.
+
+    >>> by_process([torch.tensor([1, 2, 3]), torch.tensor([7, 8])], torch.tensor([[2, 1], [1, 1]])).tolist()
+    [1, 2, 7, 3, 8]
+    """
+    pieces = [torch.split_with_sizes(rows, size_W.tolist()) for rows, size_W in zip(of_tables, size_WT.unbind(1), strict=True)]
+    return torch.cat([piece for of_process in zip(*pieces, strict=True) for piece in of_process])
+
+
+def by_table(message: Tensor, size_WT: Tensor) -> list[Tensor]:
+    """The rows of each table in the order of the processes, from such a message.
+
+    >>> [rows.tolist() for rows in by_table(torch.tensor([1, 2, 7, 3, 8]), torch.tensor([[2, 1], [1, 1]]))]
+    [[1, 2, 3], [7, 8]]
+    """
+    pieces, num_tables = torch.split_with_sizes(message, size_WT.reshape(-1).tolist()), size_WT.shape[1]
+    return [torch.cat(pieces[table::num_tables]) for table in range(num_tables)]

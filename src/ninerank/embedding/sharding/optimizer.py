@@ -2,18 +2,20 @@
 
 Gradients arrive where the rows lie, from all processes, and wait for `step`. Two things need an exchange. Tables that every process
 copies: touched rows and their gradients are gathered, in the order of the processes, so that all copies change alike. Row-wise Adagrad
-over columns, and bounds on the norm of a row: the sum of squares of a row is added up over its shards.
+over columns, and bounds on the norm of a row: the sum of squares of a row is added up over its shards. Gradients of dynamic tables are
+sent to the owners of their ids, which update them as one process would.
 
 Shape legend: K touched rows, R rows of a storage, D columns in it, T tables, W processes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from ninerank.embedding.optimizer import SparseOptimizerConfig
+from ninerank.embedding.pending import PendingGradients
 from ninerank.embedding.shard import Shard, absent
 from ninerank.embedding.sharding.collection import ShardedEmbeddingCollection
 from ninerank.embedding.sharding.exchange import gather_rows, global_sum
@@ -42,7 +44,7 @@ class ShardedOptimizer:
     """Same surface as `SparseOptimizer`; every method is a collective call unless it says otherwise."""
 
     def __init__(self, collection: ShardedEmbeddingCollection, config: SparseOptimizerConfig) -> None:
-        config.check_tables([placed.table for placed in collection.plan.placed])
+        config.check_tables([*(placed.table for placed in collection.plan.placed), *collection.managed])
         self.config = config
         self.lr_scale = 1.0
         self._rule = config.rule
@@ -53,6 +55,9 @@ class ShardedOptimizer:
         self._lr_T = [torch.tensor([config.lr_of(held.table) for held in storage.held], device=self._device) for storage in self._storages]
         self._state = [self._new_state(storage, lr_T) for storage, lr_T in zip(self._storages, self._lr_T, strict=True)]
         self._is_exchanged = False
+        self._dealt, self._managed = collection.dealt, collection.managed
+        for name, table in self._managed.items():
+            table.train_with(self._rule, config.lr_of(name))
 
     def _new_state(self, storage: BlockStorage, lr_T: Tensor) -> dict[str, Tensor]:
         sizes = torch.tensor([len(held.block.rows) for held in storage.held], device=self._device)
@@ -62,6 +67,10 @@ class ShardedOptimizer:
         """Forget all gradients; no collective call."""
         for storage in self._storages:
             storage.gradients.clear()
+        for table in self._managed.values():
+            table.zero_grad()
+        if self._dealt is not None:
+            self._dealt.forget()
         self._is_exchanged = False
 
     def grad_norm(self) -> Tensor:
@@ -73,12 +82,24 @@ class ShardedOptimizer:
             if grad is not None:
                 square = torch.linalg.vector_norm(grad.grad_GD).square()
                 own, copied = (own, copied + square) if storage.is_copy else (own + square, copied)
+        for pending, num_rows in self._pending():
+            grad = pending.coalesced(num_rows)
+            if grad is not None:
+                own = own + torch.linalg.vector_norm(grad.grad_GD).square().to(self._device)
         return (global_sum(own) + copied).sqrt()
 
     def scale_grad_(self, factor: float | Tensor) -> None:
         """Multiply all gradients; no collective call."""
         for storage in self._storages:
             storage.gradients.scale_(factor)
+        for pending, _ in self._pending():
+            pending.scale_(factor)
+
+    def _pending(self) -> Iterator[tuple[PendingGradients, int]]:
+        """Gradients of managed tables on their owner, and the rows that they are of."""
+        for table in self._managed.values():
+            for group, pending in table.gradients.items():
+                yield pending, table.num_rows(group)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -90,6 +111,10 @@ class ShardedOptimizer:
             else:
                 own = (storage.weight, list(state.values()), storage.first_row_T, lr_T * self.lr_scale, self._rule)
                 storage.gradients.apply(*own, kernel=storage.kernel)
+        for table in self._managed.values():
+            table.update(self.lr_scale)
+        if self._dealt is not None:
+            self._dealt.changed()
 
     @property
     def _needs_whole_rows(self) -> bool:
@@ -124,10 +149,12 @@ class ShardedOptimizer:
         storage.weight.index_copy_(0, row_K, weight_KD - grad_KD * scale_K[:, None])
 
     def _exchange(self) -> None:
-        """Give all copies of a table the mean of all processes' gradients, which TorchRec's backward gives the other tables."""
+        """Give all copies and owners the mean of all processes' gradients, which TorchRec's backward gives the other tables."""
         if self._is_exchanged:
             return
         self._is_exchanged = True
+        if self._dealt is not None:
+            self._dealt.send()
         for storage in self._storages:
             if storage.is_copy:
                 gathered = gather_rows(storage.coalesced(), storage.weight.shape[1], self._device)
@@ -135,7 +162,9 @@ class ShardedOptimizer:
                     storage.replace(LookupGrad(gathered[1] / self._world_size, gathered[0]))
 
     def state_dict(self, *, reading: bool = False) -> dict[str, Shard]:
-        """This process's block of each state under `<group>.<table>.<state>`, without elements where it has none; no collective call.
+        """Of static tables: this process's block of each state under `<group>.<table>.<state>`, without elements where it has none.
+
+        No collective call.
 
         Of what several processes hold alike (tables they copy, one value a row where columns are shared out) the first one names the
         block; all do when `reading`, and fill the tensors in place.

@@ -8,7 +8,7 @@ from typing import Literal
 from rich.console import Group
 from rich.table import Table
 
-__all__ = ["Block", "Machine", "Placed", "Plan"]
+__all__ = ["Block", "Growing", "Machine", "Placed", "Plan"]
 
 Kind = Literal["table_wise", "row_wise", "column_wise", "data_parallel"]
 MIB = 1 << 20
@@ -66,6 +66,19 @@ class Placed:
 
 
 @dataclass(frozen=True)
+class Growing:
+    """A dynamic table at one group's dim, whose rows come and go: every process holds those of the ids that are its own.
+
+    row_bytes: values and optimizer state of one row.
+    """
+
+    table: str
+    group: str
+    dim: int
+    row_bytes: int
+
+
+@dataclass(frozen=True)
 class Machine:
     """What the plan is for. memory_bytes: of one process, for tables and their optimizer state."""
 
@@ -77,11 +90,15 @@ class Machine:
 
 @dataclass(frozen=True)
 class Plan:
-    """Placement of all tables over `world_size` processes; `predicted_ms` is the planner's estimate of each one's step."""
+    """Placement of all tables over `world_size` processes; `predicted_ms` is the planner's estimate of each one's step.
+
+    placed: static tables. growing: dynamic ones, which take memory as they grow and count in neither bytes nor estimate.
+    """
 
     world_size: int
     placed: tuple[Placed, ...]
     predicted_ms: tuple[float, ...] = ()
+    growing: tuple[Growing, ...] = ()
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -90,7 +107,8 @@ class Plan:
     def from_json(cls, text: str) -> "Plan":
         """What `to_json` gave."""
         data = json.loads(text)
-        return cls(data["world_size"], tuple(Placed(**placed) for placed in data["placed"]), tuple(data["predicted_ms"]))
+        growing = tuple(Growing(**table) for table in data["growing"])
+        return cls(data["world_size"], tuple(Placed(**placed) for placed in data["placed"]), tuple(data["predicted_ms"]), growing)
 
     def bytes_of(self, rank: int) -> int:
         """Bytes of values and optimizer state in process `rank`."""
@@ -113,6 +131,8 @@ class Plan:
             shown.add_row(
                 placed.table, placed.group, f"{placed.num_rows:,}", str(placed.dim), _mib(size), placed.kind, self._held_by(placed)
             )
+        for each in self.growing:
+            shown.add_row(each.table, each.group, "grows", str(each.dim), f"{each.row_bytes} B a row", "by_id", "all, by a hash of the id")
         return shown
 
     def _held_by(self, placed: Placed) -> str:

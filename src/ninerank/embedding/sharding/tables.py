@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ninerank.embedding.sharding.config import ShardingConfig, ShardingKind
+from ninerank.embedding.sharding.plan import Growing
 from ninerank.errors import SpecError, nearest
 from ninerank.features.spec import FeatureSpec, IdFeature, SequenceFeature
 
-__all__ = ["ShardTable", "check_sharding", "shard_tables"]
+__all__ = ["ShardTable", "growing_tables", "check_sharding", "kind_at", "shard_tables"]
 
 POOLING_UNKNOWN = 10.0
 
@@ -27,7 +28,7 @@ class ShardTable:
 
 
 def shard_tables(spec: FeatureSpec, config: ShardingConfig) -> tuple[ShardTable, ...]:
-    """Tables of a fitted spec, in its order."""
+    """Static tables of a fitted spec, in its order."""
     return tuple(
         ShardTable(
             name,
@@ -37,22 +38,30 @@ def shard_tables(spec: FeatureSpec, config: ShardingConfig) -> tuple[ShardTable,
             is_pooled=not any(isinstance(spec.feature(feature), SequenceFeature) for feature in table.features),
         )
         for name, table in spec.tables.items()
+        if not table.is_dynamic
     )
 
 
-def check_sharding(spec: FeatureSpec, groups: Mapping[str, int], config: ShardingConfig, world_size: int) -> None:
-    """Raise SpecError for a table or feature that the spec has not, dynamic tables, and columns that do not divide among the processes."""
+def growing_tables(spec: FeatureSpec, groups: Mapping[str, int], row_bytes: Mapping[str, int]) -> tuple[Growing, ...]:
+    """Dynamic tables of a spec at each group's dim."""
     dynamic = [name for name, table in spec.tables.items() if table.is_dynamic]
-    if dynamic and world_size > 1:
-        raise SpecError(f"dynamic tables ({', '.join(dynamic)}) are trained by one process; give them a hashed encoding for several")
-    for name in config.tables:
+    return tuple(Growing(name, group, dim, row_bytes[group]) for group, dim in groups.items() for name in dynamic)
+
+
+def check_sharding(spec: FeatureSpec, groups: Mapping[str, int], config: ShardingConfig, world_size: int) -> None:
+    """Raise SpecError for a table or feature that the spec has not, a kind for a dynamic table, and columns that do not divide among
+    the processes.
+    """
+    for name, kind in config.tables.items():
         if name not in spec.tables:
             raise SpecError(f"sharding.tables: unknown table {name!r}; {nearest(name, spec.tables)}")
+        if spec.tables[name].is_dynamic and kind != "auto":
+            raise SpecError(f"sharding.tables: {name} = {kind}, but it is a dynamic table: its rows always lie by id")
     looked_up = [feature for table in spec.tables.values() for feature in table.features]
     for name in config.pooling:
         if name not in looked_up:
             raise SpecError(f"sharding.pooling: {name!r} is no feature with a table; {nearest(name, looked_up)}")
-    for name in spec.tables:
+    for name in (name for name, table in spec.tables.items() if not table.is_dynamic):
         for group, dim in groups.items():
             kind = config.kind_of(name)
             if kind == "column_wise" and dim > 1 and dim % world_size:

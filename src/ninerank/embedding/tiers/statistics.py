@@ -1,6 +1,7 @@
 """Figures of a tiered table, ready to be logged."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 
 __all__ = ["TierStatistics"]
 
@@ -23,6 +24,11 @@ class TierStatistics:
     evictions: int
     bytes_read: int
     bytes_written: int
+
+    @classmethod
+    def together(cls, parts: Sequence["TierStatistics"]) -> "TierStatistics":
+        """Of a table whose rows several processes hold, each with a cache of its own: all is added up."""
+        return cls(*(sum(getattr(part, field.name) for part in parts) for field in fields(cls)))
 
     @property
     def hit_rate(self) -> float:

@@ -138,8 +138,8 @@ class TieredTable:
         """Rows of the table; its slots on the device are no more."""
         return self._num_rows
 
-    def prepare(self, ids: Tensor, *, step: int | None = None) -> Tensor:
-        """Slots (int64, of the shape of `ids`, on the host) of rows, which are on the device from here on.
+    def prepare(self, ids: Tensor, *, step: int | None = None, times: Tensor | None = None) -> Tensor:
+        """Slots (int64, of the shape of `ids`, on the host) of rows, which are on the device from here on; `times` makes no difference.
 
         They stay as they are until `finish_step(step)`, or, with step None, until the next `prepare`. Raises DataError, and changes
         nothing, for ids outside the table, and for more distinct ids than there are slots.

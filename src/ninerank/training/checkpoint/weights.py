@@ -1,17 +1,16 @@
-"""Weights of the best epoch, and how a model takes weights."""
+"""Weights of the best epoch."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ninerank.errors import CheckpointError
 from ninerank.training import sealed
 from ninerank.training.checkpoint.archive import Archive, save_archive
 from ninerank.training.checkpoint.peers import Peers
 from ninerank.training.checkpoint.tree import Tree
 
-__all__ = ["BestWeights", "load_weights"]
+__all__ = ["BestWeights"]
 
 
 class BestWeights:
@@ -49,11 +48,3 @@ class BestWeights:
             columns = archive.by_id(name, rank=0, world_size=1)
             found.update({f"{name.removeprefix('model.')}.{column}": tensor for column, tensor in columns.items()})
         return found
-
-
-def load_weights(module: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
-    """Load a whole state dict; raises CheckpointError naming `what` if a tensor is missing, left over or of another shape."""
-    try:
-        module.load_state_dict(weights)
-    except RuntimeError as error:
-        raise CheckpointError(f"{what}: does not fit the model of the recipe: {' '.join(str(error).split())}") from None
