@@ -42,7 +42,7 @@ def test_figures_are_the_manifests(report: FusionReport, bundle_dir: Path) -> No
     found = report.as_dict()
     assert found["before"]["flops"] == manifest.graph_before.flops > found["after"]["flops"] == manifest.graph_after.flops
     assert [PassRecord.model_validate(record) for record in found["passes"]] == list(manifest.passes)
-    assert {"linears", "hoist"} <= {record["name"] for record in found["passes"] if record["fired"]}
+    assert {"linears", "concats"} <= {record["name"] for record in found["passes"] if record["fired"]}
     assert found["largest_difference"] <= 1e-6
     assert found["before"]["milliseconds"] > 0
 

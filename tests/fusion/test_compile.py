@@ -1,8 +1,9 @@
 """Random models of every kind, compiled with all passes and with each alone: the same scores. Wrong passes are caught."""
 
+import copy
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -22,19 +23,18 @@ from ninerank.towers.model import SequenceShape, TowerShape
 from ninerank.towers.registry import build_tower
 from ninerank.towers.sides import SidedTower
 
-MODELS = ("lr", "fm", "dnn", "deepfm", "dcnv2", "dlrm", "din")
-INTERACTIONS = ("xdeepfm", "fibinet", "autoint", "masknet", "mmoe", "ple")
+MODELS = ("lr", "fm", "dnn", "deepfm", "dcnv2", "dlrm", "din", "xdeepfm", "fibinet", "autoint", "masknet", "mmoe", "ple")
 aten = torch.ops.aten
 
 
 class Drawn:
     """A random model over random fields, sequences and numbers of both sides, captured."""
 
-    def __init__(self, seed: int, models: Sequence[str] = MODELS) -> None:
+    def __init__(self, seed: int, name: str = "") -> None:
         self.rng = rng = random.Random(seed)
-        name = models[seed % len(models)]
+        name = name or MODELS[seed % len(MODELS)]
         least = 1 if name in ("din", "dlrm", "fibinet") else 0
-        self.fields = [rng.randint(least, 8), rng.randint(1, 8)]
+        self.fields = [rng.choice([rng.randint(least, 8), rng.randint(8, 24)]), rng.randint(1, 8)]
         self.dense = [rng.choice([0, 1, 5]), rng.choice([0, 1, 4])]
         sequences = [f"seq{place}" for place in range(rng.randint(1 if name == "din" else 0, 2))]
         self.of_request = {sequence for sequence in sequences if rng.random() < 0.7}
@@ -54,6 +54,7 @@ class Drawn:
                     )
                     value.copy_(drawn)
         self.module = SidedTower(tower, tuple(self.dims), sorted(self.of_request)).eval()
+        self.exact = copy.deepcopy(self.module).double()
         self.inputs = list(self.graph_inputs(sequences))
         self.graph = capture(self.module, self.inputs)
 
@@ -65,11 +66,11 @@ class Drawn:
             act = rng.choice(["relu", "gelu", "prelu", "dice"])
             return {"hidden": hidden, "activation": act, "batch_norm": rng.random() < 0.5, "dropout": rng.choice([0.0, 0.2]), **kinds}
 
-        dim = {"embedding_dim": rng.choice([2, 4, 16])}
+        dim = {"embedding_dim": rng.choice([2, 8, 16])}
         cross = {"structure": rng.choice(["parallel", "stacked"]), "cross_layers": rng.randint(1, 3), "low_rank": rng.choice([None, 4])}
         attention = {"attention_hidden": [rng.choice([8, 20]), 4], "attention_activation": rng.choice(["dice", "prelu"])}
         pooled = {"softmax": rng.random() < 0.5, "attention": rng.choice(["target", "target", "target", "mean"])}
-        return {
+        kinds: dict[str, dict[str, Any]] = {
             "lr": {},
             "fm": dim,
             "dnn": {**dim, "mlp": mlp()},
@@ -83,7 +84,8 @@ class Drawn:
             "masknet": {**dim, "structure": rng.choice(["serial", "parallel"]), "blocks": [8, 12], "mlp": mlp()},
             "mmoe": {**dim, "experts": rng.randint(1, 4), "expert": mlp(), "tower": mlp()},
             "ple": {**dim, "levels": rng.randint(1, 2), "expert": mlp(), "tower": mlp()},
-        }[name]
+        }
+        return kinds[name]
 
     def graph_inputs(self, sequences: list[str]) -> Iterator[GraphInput]:
         yield GraphInput("dense.request", "request", ("U", self.dense[0]))
@@ -112,16 +114,23 @@ def scores(module: fx.GraphModule, batch: Mapping[str, Tensor]) -> Tensor:
         return torch.sigmoid(module(*[batch[given.name] for given in inputs_of(module)]))
 
 
+def differs(drawn: Drawn, module: fx.GraphModule, batch: Mapping[str, Tensor]) -> bool:
+    """Whether scores are further from the model's, in double precision, than 1e-6 or twice the model's own rounding."""
+    doubled = {name: value.double() if value.dtype == torch.float32 else value for name, value in batch.items()}
+    with torch.inference_mode():
+        exact, own = torch.sigmoid(drawn.exact(doubled)), torch.sigmoid(drawn.module(batch))
+    allowed = max(1e-6, 2 * float((own - exact).abs().max()))
+    return not float((scores(module, batch) - exact).abs().max()) <= allowed
+
+
 def check(drawn: Drawn, module: fx.GraphModule, seed: int) -> None:
-    """The module's scores are the model's, and the source graph's, for one request and for several."""
+    """The module's scores are the model's, and so are the source graph's, for one request and for several."""
     for requests, rows, length in ((1, 40, 6), (1, 1, 1), (7, 30, 3)):
         batch = drawn.batch(requests, rows, length, seed)
-        with torch.inference_mode():
-            wanted = torch.sigmoid(drawn.module(batch))
-        assert (scores(drawn.graph, batch) - wanted).abs().max() <= 1e-6
-        assert (scores(module, batch) - wanted).abs().max() <= 1e-6
+        assert not differs(drawn, drawn.graph, batch)
+        assert not differs(drawn, module, batch)
         if requests == 1:
-            assert (scores(single_request(module), batch) - wanted).abs().max() <= 1e-6
+            assert not differs(drawn, single_request(module), batch)
 
 
 def alone(graph: fx.GraphModule, own: Pass) -> tuple[fx.GraphModule, int]:
@@ -146,19 +155,17 @@ def check_precomputed(drawn: Drawn, module: fx.GraphModule, seed: int) -> bool:
         batch = drawn.batch(requests, len(places), 4, seed + 1)
         batch |= {given.name: made[given.name][places] for given in drawn.inputs if given.role == "item"}
         values = {value.name: tensor[places] for value, tensor in zip(cut.values, kept, strict=True)}
-        with torch.inference_mode():
-            wanted = torch.sigmoid(drawn.module(batch))
-        assert (scores(cut.rest, batch | values) - wanted).abs().max() <= 1e-6
+        assert not differs(drawn, cut.rest, batch | values)
         if requests == 1:
-            assert (scores(single_request(cut.rest), batch | values) - wanted).abs().max() <= 1e-6
+            assert not differs(drawn, single_request(cut.rest), batch | values)
     return True
 
 
-def check_models(seeds: range, models: Sequence[str] = MODELS) -> tuple[Counter[str], Counter[str]]:
-    """Check models; returns on how many each pass fired, and on how many it did not pay."""
+def check_models(seeds: range) -> Counter[str]:
+    """Check models; returns on how many each pass fired and was kept."""
     fired, priced = Counter[str](), Counter[str]()
     for seed in seeds:
-        drawn = Drawn(seed, models)
+        drawn = Drawn(seed)
         compiled = compile_graph(drawn.graph, raise_wrong=True)
         check(drawn, compiled.module, seed)
         fired["(precomputed)"] += check_precomputed(drawn, compiled.module, seed)
@@ -170,34 +177,20 @@ def check_models(seeds: range, models: Sequence[str] = MODELS) -> tuple[Counter[
             if count:
                 check(drawn, module, seed)
     print(f"models on which a pass fired: {dict(fired)}; did not pay: {dict(priced)}")
-    return fired, priced
+    return fired
 
 
 def test_random_models_keep_their_scores() -> None:
-    fired, _ = check_models(range(21))
+    fired = check_models(range(26, 26 + 20))
     assert all(fired[own.name] >= 1 for own in PASSES), fired
     assert fired["(precomputed)"] >= 10
 
 
-@pytest.mark.parametrize("seeds", [range(6), pytest.param(range(6, 12), marks=pytest.mark.slow)], ids=["few", "more"])
-def test_random_models_of_interactions_masks_and_experts_keep_their_scores(seeds: range) -> None:
-    fired, _ = check_models(seeds, INTERACTIONS)
-    assert fired["hoist"] >= 3, fired
-
-
-FIRED = Counter[str]()
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("start", range(1000, 1300, 30))
-def test_three_hundred_random_models_keep_their_scores(start: int) -> None:
-    FIRED.update(check_models(range(start, start + 30))[0])
-
-
-@pytest.mark.slow
-def test_every_pass_fires_on_ten_of_three_hundred() -> None:
-    print(f"of 300 models: {dict(FIRED)}")
-    assert all(FIRED[own.name] >= 10 for own in PASSES), FIRED
+def test_three_hundred_random_models_keep_their_scores_and_every_pass_fires_on_ten() -> None:
+    """About a second of one core for each model: torch.export takes a third of it."""
+    fired = check_models(range(1000, 1300))
+    assert all(fired[own.name] >= 10 for own in PASSES), fired
 
 
 def drop_a_bias(editor: Editor) -> int:
@@ -407,3 +400,68 @@ def test_what_no_pass_knows_is_left_as_it_is() -> None:
     for sizes in ({"U": 1, "B": 5}, {"U": 4, "B": 9}):
         batch = draw_inputs(inputs, sizes, torch.Generator().manual_seed(1))
         assert torch.allclose(compiled.module(*batch.values()), module(batch), atol=1e-6)
+
+
+class SideBySide(nn.Module):
+    """Experts of two layers with activations of all kinds, gates over them, and heads that are joined."""
+
+    def __init__(self, activation: str) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        kinds: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "prelu": nn.PReLU, "gelu": nn.GELU}
+        act = kinds[activation]
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(96, 64), act(), nn.Linear(64, 32), act(), nn.Linear(32, 32)) for _ in range(5))
+        self.gates = nn.ModuleList(nn.Linear(96, 5) for _ in range(3))
+        self.heads = nn.ModuleList(nn.Sequential(nn.Linear(32, 16), act(), nn.Linear(16, 1)) for _ in range(3))
+        for place, module in enumerate(m for m in self.modules() if isinstance(m, nn.PReLU)):
+            nn.init.constant_(module.weight, 0.1 * place)
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        x = torch.cat([inputs["a.request"].index_select(0, inputs["user_row"]), inputs["b.item"]], dim=1).flatten(1)
+        experts = torch.stack([expert(x) for expert in self.experts], dim=1)
+        mixed = [torch.bmm(torch.softmax(gate(x), 1).unsqueeze(1), experts).squeeze(1) for gate in self.gates]
+        return torch.cat([head(x) for head, x in zip(self.heads, mixed, strict=True)], dim=1)
+
+
+@pytest.mark.parametrize("activation", ["relu", "prelu", "gelu"])
+def test_experts_gates_and_heads_become_batched_products(activation: str) -> None:
+    inputs = [
+        GraphInput("a.request", "request", ("U", 3, 16)),
+        GraphInput("b.item", "item", ("B", 3, 16)),
+        GraphInput("user_row", "joint", ("B",), torch.int64),
+    ]
+    module = SideBySide(activation)
+    compiled = compile_graph(capture(module, inputs), raise_wrong=True)
+    called = Counter(node.target for node in compiled.module.graph.nodes)
+    # Two first layers, of both sides: experts and gates. Two layers of experts and two of heads; the mix of experts.
+    assert (called[aten.linear.default], called[aten.baddbmm.default], called[aten.bmm.default]) == (4, 4, 1)
+    assert called[aten.stack.default] == 0
+    assert compiled.after.launches <= compiled.before.launches / 3
+    batch = draw_inputs(inputs, {"U": 2, "B": 9}, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(compiled.module(*batch.values()), module(batch), atol=1e-5, rtol=1e-5)
+
+
+class Uneven(SideBySide):
+    """What looks like experts but is not: one expert is wider, one reads another part, gates see different experts."""
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        x = torch.cat([inputs["a.request"].index_select(0, inputs["user_row"]), inputs["b.item"]], dim=1).flatten(1)
+        halves = [x[:, :48], x[:, :48], x[:, 48:]]
+        weights = [self.get_parameter(f"experts.{place}.0.weight")[:, :48] for place in range(3)]
+        layers = [self.get_submodule(f"experts.{place}.2") for place in range(3)]
+        first = [torch.relu(half @ weight.T) for half, weight in zip(halves, weights, strict=True)]
+        second = [torch.relu(layers[0](first[0])), torch.tanh(layers[1](first[1])), layers[2](first[2])]
+        mixed = [torch.softmax(gate(x), 1)[:, :1] * own for gate, own in zip(self.gates, second, strict=True)]
+        return torch.cat([head(mixed[2 - place]) for place, head in enumerate(self.heads)], dim=1)
+
+
+def test_what_is_not_of_one_form_stays_apart() -> None:
+    inputs = [
+        GraphInput("a.request", "request", ("U", 3, 16)),
+        GraphInput("b.item", "item", ("B", 3, 16)),
+        GraphInput("user_row", "joint", ("B",), torch.int64),
+    ]
+    module = Uneven("relu")
+    compiled = compile_graph(capture(module, inputs), must_pay=False, raise_wrong=True)
+    batch = draw_inputs(inputs, {"U": 2, "B": 9}, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(compiled.module(*batch.values()), module(batch), atol=1e-5, rtol=1e-5)

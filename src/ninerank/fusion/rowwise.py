@@ -133,6 +133,11 @@ def _joined(editor: Editor, node: fx.Node) -> bool:
     return axis(dim, editor.rank(node)) > 0 and all(part.meta["role"] != "constant" for part in parts)
 
 
+def _stacked(editor: Editor, node: fx.Node) -> bool:
+    parts: Any = node.args[0]
+    return axis(node.args[1] if len(node.args) > 1 else 0, editor.rank(node)) > 0 and all(part.meta["role"] != "constant" for part in parts)
+
+
 def _constants_from(position: int, *, least_rank: int = 2) -> Callable[[Editor, fx.Node], bool]:
     """Rows are in the first argument, and whatever follows from `position` on is constant."""
 
@@ -194,11 +199,13 @@ _CHECKS: dict[Any, Callable[[Editor, fx.Node], bool]] = {
     aten.matmul.default: _matmul,
     aten.mean.dim: _dims(1),
     aten.permute.default: _permuted,
+    aten.prelu.default: _constants_from(1),
     aten.reshape.default: _reshaped,
     aten.select.int: _dims(1),
     aten.slice.Tensor: _dims(1),
     aten.softmax.int: _dims(1),
     aten.squeeze.dim: _dims(1),
+    aten.stack.default: _stacked,
     aten.sum.dim_IntList: _dims(1),
     aten.transpose.int: _two_dims,
     aten.unsqueeze.default: _dims(1, added=1),

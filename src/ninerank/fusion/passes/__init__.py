@@ -12,6 +12,8 @@ from ninerank.fusion.passes import (
     affine,
     attention,
     batch_norm,
+    bilinear,
+    cin,
     concats,
     constants,
     dead,
@@ -19,6 +21,8 @@ from ninerank.fusion.passes import (
     duplicates,
     hoist,
     linears,
+    parallel,
+    siblings,
     sums,
 )
 
@@ -40,10 +44,14 @@ PASSES = (
     Pass("duplicates", duplicates.apply),
     Pass("batch_norm", batch_norm.apply),
     Pass("affine", affine.apply),
+    Pass("siblings", siblings.apply),
     Pass("hoist", hoist.apply),
     Pass("concats", concats.apply, prepares=True),
     Pass("attention", attention.apply),
     Pass("sums", sums.apply, prepares=True),
     Pass("dot", dot.apply, prepares=True),
+    Pass("cin", cin.apply),
+    Pass("bilinear", bilinear.apply, prepares=True),
     Pass("linears", linears.apply),
+    Pass("parallel", parallel.apply),
 )

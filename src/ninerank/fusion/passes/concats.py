@@ -7,14 +7,16 @@ right     such an f gives each part of its output from one part of its input
 pays      together with hoisting and the splits that then meet a concatenation of parts of pure sides; alone it saves nothing
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
-from ninerank.fusion.concat import Concat, concat_of, is_mixed
+from ninerank.fusion.concat import Concat, concat_of, expand, is_mixed
 from ninerank.fusion.editor import Editor
+from ninerank.fusion.roles import expanded
 from ninerank.fusion.rowwise import POINTWISE, UNARY, axis
 
 __all__ = ["apply"]
@@ -69,7 +71,16 @@ def _by_part(editor: Editor, node: fx.Node, source: fx.Node, concat: Concat) -> 
     dim = _dim_after(editor, node, concat)
     if dim is None:
         return None
-    return editor.call(aten.cat.default, [editor.call(node.target, part, *node.args[1:], **node.kwargs) for part in concat.parts], dim)
+    parts = [_called(editor, node, part, lambda source: (source, *node.args[1:])) for part in concat.parts]
+    return editor.call(aten.cat.default, parts, dim)
+
+
+def _called(editor: Editor, node: fx.Node, part: fx.Node, arguments: Callable[[fx.Node], Sequence[Any]]) -> fx.Node:
+    """The operator on one part; on a request's rows before they are repeated, as hoisting would have it."""
+    source = expanded(part)
+    if source is None:
+        return editor.call(node.target, *arguments(part), **node.kwargs)
+    return expand(editor, editor.call(node.target, *arguments(source), **node.kwargs))
 
 
 def _dim_after(editor: Editor, node: fx.Node, concat: Concat) -> int | None:
@@ -111,20 +122,21 @@ def _pointwise(editor: Editor, node: fx.Node, source: fx.Node, concat: Concat) -
     back = editor.rank(source) - concat.dim  # counted from the end, where broadcasting aligns
     if editor.shape(node)[concat.dim] != concat.starts[-1]:
         return None  # the concatenation itself is broadcast
-    if any(editor.constant(other) is None for other in others):
+    if any(editor.constant(other) is None for other in others) or any(isinstance(value, fx.Node) for value in node.kwargs.values()):
         return None
 
-    def cut(place: int, other: fx.Node) -> fx.Node:
+    def cut(place: int, own: fx.Node, other: fx.Node) -> fx.Node:
         if other is source:
-            return concat.parts[place]
+            return own
         weight = editor.constant(other)
         if weight is None or weight.dim() < back or weight.shape[-back] == 1:
             return other
         start, end = concat.starts[place : place + 2]
         return editor.store(f"part.{other.target}", weight.narrow(-back, start, end - start))
 
-    parts = []
-    for place in range(len(concat.parts)):
-        args, kwargs = fx.map_arg((node.args, node.kwargs), partial(cut, place))
-        parts.append(editor.call(node.target, *args, **kwargs))
+    def arguments(place: int, own: fx.Node) -> Sequence[Any]:
+        cut_args: Sequence[Any] = fx.map_arg(node.args, partial(cut, place, own))
+        return cut_args
+
+    parts = [_called(editor, node, part, partial(arguments, place)) for place, part in enumerate(concat.parts)]
     return editor.call(aten.cat.default, parts, concat.dim)
