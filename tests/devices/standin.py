@@ -60,6 +60,10 @@ int aclrtMemcpy(void *to, size room, const void *from, size bytes, int kind) {{ 
 int aclrtMemcpyAsync(void *to, size room, const void *from, size bytes, int kind, void *stream) {{ memcpy(to, from, bytes); return 0; }}
 int aclrtMemset(void *to, size room, int value, size bytes) {{ memset(to, value, bytes); return 0; }}
 int aclrtMemsetAsync(void *to, size room, int value, size bytes, void *stream) {{ memset(to, value, bytes); return 0; }}
+static int is_capturing;
+int aclmdlRICaptureBegin(void *stream, int mode) {{ is_capturing = 1; return 0; }}
+int aclmdlRICaptureEnd(void *stream, void **model) {{ is_capturing = 0; *model = (void *)8; return 0; }}
+int aclmdlRICaptureGetInfo(void *stream, int *status, void **model) {{ *status = is_capturing; *model = (void *)8; return 0; }}
 size aclGetCompileoptSize(int option) {{ return 16; }}
 int aclGetCompileopt(int option, char *value, size bytes) {{ strncpy(value, "disable", bytes); return 0; }}
 """

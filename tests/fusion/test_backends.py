@@ -1,5 +1,6 @@
 """Every backend gives the scores of the module, for any number of requests, rows and ids of a history, in fp32 and bf16."""
 
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
@@ -187,3 +188,27 @@ def test_a_lowered_graph_says_which_layers_its_nodes_stand_for(exported: tuple[n
     assert "sigmoid" in layers & of
     last = graph.graph.output_node().args[0]
     assert stands_for(run.graph.graph.output_node().args[0]) == last.name
+
+
+def test_what_the_automatic_backend_cannot_take_runs_operator_by_operator(
+    exported: tuple[nn.Module, fx.GraphModule], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(module: fx.GraphModule, device: torch.device, one_request: bool) -> backends.Run:
+        raise RuntimeError("no compiler here")
+
+    module, graph = exported
+    monkeypatch.setitem(backends.BACKENDS, "script", backends.Backend(refuse, backends._as_it_is))
+    with caplog.at_level(logging.WARNING):
+        run = backends.lower(graph, CPU, one=single_request(graph))
+    assert run.backend == "eager"
+    assert "backend script cannot take this graph (RuntimeError: no compiler here): it runs operator by operator" in caplog.text
+    with torch.inference_mode():
+        torch.testing.assert_close(run(*inputs(3, 7, 2)), scores(module, inputs(3, 7, 2)), rtol=1e-5, atol=1e-6)
+    with pytest.raises(RuntimeError, match="no compiler here"):
+        backends.lower(graph, CPU, backend="script")
+
+
+@pytest.mark.parametrize(("name", "kind"), [("npugraphs", "npu"), ("cudagraphs", "cuda")])
+def test_a_devices_own_backend_is_refused_elsewhere(exported: tuple[nn.Module, fx.GraphModule], name: str, kind: str) -> None:
+    with pytest.raises(DeviceError, match=f"backend '{name}' runs on {kind}, not on cpu; valid: aoti, eager, inductor, script"):
+        backends.lower(exported[1], CPU, backend=name)

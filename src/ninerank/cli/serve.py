@@ -30,7 +30,7 @@ def run(
     max_message_mb: Annotated[int, typer.Option(min=1, max=2047, help="Size that a request may have, in MB.")] = 16,
     drain_seconds: Annotated[float, typer.Option(min=0, help="How long the end waits for requests under way.")] = 10.0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda[:i] or npu[:i].")] = "auto",
-    backend: Annotated[str, typer.Option(help="What runs the graph: auto, script, inductor or eager.")] = "auto",
+    backend: Annotated[str, typer.Option(help="What runs the graph: auto, script, inductor, aoti, cudagraphs, npugraphs, eager.")] = "auto",
     precision: Annotated[str, typer.Option(help="fp32 or bf16: hidden layers of the graph, scores within 2e-3.")] = "fp32",
 ) -> None:
     """Serve a bundle over gRPC until SIGTERM or Ctrl-C, then finish what is under way."""

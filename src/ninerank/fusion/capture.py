@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from ninerank.errors import BundleError
 from ninerank.fusion.roles import Role
 
-__all__ = ["REQUESTS", "ROWS", "GraphInput", "add_weight", "capture", "inputs_of", "weight_of"]
+__all__ = ["REQUESTS", "ROWS", "GraphInput", "add_weight", "capture", "examples_of", "inputs_of", "weight_of"]
 
 REQUESTS, ROWS = "U", "B"
 MAX_SIZE = 2**31 - 1
@@ -57,7 +57,7 @@ def capture(module: nn.Module, inputs: Sequence[GraphInput]) -> fx.GraphModule:
     Raises BundleError for a module that torch.export cannot take, or whose graph changes its own state.
     """
     names = tuple(given.name for given in inputs)
-    examples, dynamic = _examples(inputs)
+    examples, dynamic = examples_of(inputs)
     positional = _Positional(module, names).eval()
     try:
         with torch.no_grad(), warnings.catch_warnings():
@@ -116,14 +116,21 @@ def _is_taken(module: nn.Module, name: str) -> bool:
     return True
 
 
-def _examples(inputs: Sequence[GraphInput]) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any], ...]]:
-    """Tensors to trace with: no size is 0 or 1 or a factor of another, so that the exporter takes none of them for a constant."""
+def examples_of(
+    inputs: Sequence[GraphInput], *, fixed: Mapping[str, int] | None = None
+) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any], ...]]:
+    """Tensors to trace with, and which of their sizes may be any; named sizes in `fixed` are what is given there.
+
+    No other size is 0 or 1 or a factor of another, so that the exporter takes none of them for a constant.
+    """
+    fixed = fixed or {}
     sizes = {REQUESTS: 3, ROWS: 5}
     for name in (dim for given in inputs for dim in given.dims if isinstance(dim, str)):
         sizes.setdefault(name, 7 + len(sizes) - 2)
     dims = {name: torch.export.Dim(f"size_{place}", min=1, max=MAX_SIZE) for place, name in enumerate(sizes)}
-    examples = tuple(torch.zeros(given.shape(sizes), dtype=given.dtype) for given in inputs)
-    return examples, tuple({axis: dims[dim] for axis, dim in enumerate(given.dims) if isinstance(dim, str)} for given in inputs)
+    examples = tuple(torch.zeros(given.shape({**sizes, **fixed}), dtype=given.dtype) for given in inputs)
+    free = dims.keys() - fixed.keys()
+    return examples, tuple({axis: dims[str(dim)] for axis, dim in enumerate(given.dims) if dim in free} for given in inputs)
 
 
 def _module(program: torch.export.ExportedProgram, inputs: Sequence[GraphInput]) -> fx.GraphModule:

@@ -1,26 +1,33 @@
 """What runs a compiled ranking graph, by name.
 
-    script     TorchScript with oneDNN's packed linear layers; no Python while it runs, ready in under a second   cpu
-    inductor   torch.compile; the first call of each kind of shape takes seconds                                  cpu, cuda
-    eager      operator by operator from Python: the last resort                                                  everywhere
+    script      TorchScript with oneDNN's packed linear layers; no Python while it runs, ready in under a second     cpu
+    inductor    torch.compile; the first call of each kind of shape takes seconds                                    cpu, cuda
+    aoti        AOTInductor; compiled once in a minute, then loaded from disk                                        cpu, cuda
+    cudagraphs  the same, recorded as one CUDA graph for each of a few shapes                                        cuda
+    npugraphs   npugraph_ex, torch_npu's graph mode: operators fused and recorded, for each of a few shapes          npu
+    eager       operator by operator from Python: the last resort                                                    everywhere
 
-`auto` takes script on the CPU and eager elsewhere, and says which in the log. Precision `bf16` runs hidden layers in bfloat16 where the
-device multiplies it; whoever asks for it holds the scores to a budget.
+`auto` takes script, cudagraphs and npugraphs, by device, and eager where that fails; the log says which, and why. Precision `bf16` runs
+hidden layers in bfloat16 where the device multiplies it; whoever asks for it holds the scores to a budget.
 """
 
 import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, fx
 
 from ninerank.errors import BundleError, DeviceError, nearest
+from ninerank.fusion.backends import aoti, npu
+from ninerank.fusion.backends.buckets import Bucketed
 from ninerank.fusion.backends.copies import own_copy
 from ninerank.fusion.backends.gates import fuse_gates
 from ninerank.fusion.backends.onednn import has_packed_linear, pack_linears, rounded_inputs
+from ninerank.fusion.backends.recorded import Recorded
 from ninerank.fusion.backends.script import script
 from ninerank.fusion.capture import GraphInput, inputs_of
 
@@ -67,11 +74,12 @@ class Runner:
 class Backend:
     """What runs graphs on a kind of device.
 
-    prepare: the graph as this backend wants it, a copy, for a precision and for one request or many. bind: what runs it on a device.
+    prepare: the graph as this backend wants it, a copy, for a precision and for one request or many. bind: what runs it on a device, for
+    one request or many.
     device_types: where it runs, empty for everywhere.
     """
 
-    bind: Callable[[fx.GraphModule, torch.device], Run]
+    bind: Callable[[fx.GraphModule, torch.device, bool], Run]
     prepare: Callable[[fx.GraphModule, Precision, bool], fx.GraphModule]
     device_types: tuple[str, ...] = ()
 
@@ -108,10 +116,11 @@ def lower(
     try:
         graph, run = _bound(BACKENDS[name], module, device, precision, False)
         graph_one, run_one = (graph, run) if one is None or one is module else _bound(BACKENDS[name], one, device, precision, True)
-    except BundleError as error:
-        if backend != AUTO or precision != "fp32":
+    except Exception as error:
+        if backend != AUTO or precision != "fp32" or name == "eager":
             raise
-        log.warning("backend %s cannot take this graph (%s): it runs operator by operator, which is slower", name, error)
+        why = str(error) if isinstance(error, BundleError) else f"{type(error).__name__}: {error}"
+        log.warning("backend %s cannot take this graph (%s): it runs operator by operator, which is slower", name, why)
         return lower(module, device, one=one, backend="eager")
     return Runner(name, precision, inputs_of(module), (run, run_one), (graph, graph_one))
 
@@ -120,7 +129,7 @@ def _bound(
     backend: Backend, module: fx.GraphModule, device: torch.device, precision: Precision, one_request: bool
 ) -> tuple[fx.GraphModule, Run]:
     graph = backend.prepare(module, precision, one_request)
-    return graph, backend.bind(graph, device)
+    return graph, backend.bind(graph, device, one_request)
 
 
 def multiplies_bf16() -> bool:
@@ -128,23 +137,42 @@ def multiplies_bf16() -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
-def _eager(module: fx.GraphModule, device: torch.device) -> Run:
+def _eager(module: fx.GraphModule, device: torch.device, one_request: bool) -> Run:
     return module
 
 
-def _inductor(module: fx.GraphModule, device: torch.device) -> Run:
+def _inductor(module: fx.GraphModule, device: torch.device, one_request: bool) -> Run:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Inductor imports what torch itself calls deprecated
         run: Run = torch.compile(module, dynamic=True)
     return run
 
 
-def _script(module: fx.GraphModule, device: torch.device) -> Run:
+def _script(module: fx.GraphModule, device: torch.device, one_request: bool) -> Run:
     return script(module)
+
+
+def _aoti(module: fx.GraphModule, device: torch.device, one_request: bool) -> Run:
+    return aoti.compiled(module, device, one_request=one_request)
+
+
+def _cuda_graphs(module: fx.GraphModule, device: torch.device, one_request: bool) -> Run:
+    run = _aoti(module, device, one_request)
+    return Bucketed(inputs_of(module), partial(Recorded, run), run)
+
+
+def _npu_graphs(module: fx.GraphModule, device: torch.device, one_request: bool) -> Run:
+    return Bucketed(inputs_of(module), partial(npu.record, module), module)
 
 
 def _as_it_is(module: fx.GraphModule, precision: Precision, one_request: bool) -> fx.GraphModule:
     return own_copy(module)
+
+
+def _gated(module: fx.GraphModule, precision: Precision, one_request: bool) -> fx.GraphModule:
+    module = own_copy(module)
+    fuse_gates(module)
+    return module
 
 
 def _packed(module: fx.GraphModule, precision: Precision, one_request: bool) -> fx.GraphModule:
@@ -158,7 +186,10 @@ def _packed(module: fx.GraphModule, precision: Precision, one_request: bool) -> 
 BACKENDS = {
     "script": Backend(_script, _packed, ("cpu",)),
     "inductor": Backend(_inductor, _as_it_is, ("cpu", "cuda")),
+    "aoti": Backend(_aoti, _as_it_is, ("cpu", "cuda")),
+    "cudagraphs": Backend(_cuda_graphs, _as_it_is, ("cuda",)),
+    "npugraphs": Backend(_npu_graphs, _gated, ("npu",)),
     "eager": Backend(_eager, _as_it_is),
 }
 # What `auto` takes, by kind of device.
-AUTOMATIC = {"cpu": "script"}
+AUTOMATIC = {"cpu": "script", "cuda": "cudagraphs", "npu": "npugraphs"}
