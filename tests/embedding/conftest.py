@@ -23,6 +23,9 @@ from ninerank.features.spec import (
     Side,
 )
 
+# Processes of tests, which import each other from this folder.
+collect_ignore = ["dynamic_job.py", "sharding_job.py"]
+
 WAIT_S = 240
 MakeBatch = Callable[..., Batch]
 
