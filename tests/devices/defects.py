@@ -1,13 +1,13 @@
 """Defects planted on purpose, each of which the lane must find: a lane that finds nothing might look at nothing."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CopiesToTheHost", "MixesDevices", "ReadsAValue", "WithoutAKernel", "oversized_tile"]
+__all__ = ["CopiesToTheHost", "MixesDevices", "ReadsAValue", "WithoutAKernel", "oversized_tile", "switched_off"]
 
 
 class _Planted(nn.Module):
@@ -51,6 +51,24 @@ class MixesDevices(_Planted):
 
     def spoil(self, deep_BFD: Tensor) -> Tensor:
         return torch.where(torch.ones(deep_BFD.shape, dtype=torch.bool), deep_BFD, 0.0)
+
+
+# The check that finds each, and no other does.
+CHECKS = {
+    "CopiesToTheHost": ("_check_places",),
+    "ReadsAValue": ("_check_places",),
+    "WithoutAKernel": ("_check_kernel",),
+    "MixesDevices": ("_check_places", "_mixed"),
+}
+
+
+@contextmanager
+def switched_off(defect: str) -> Iterator[None]:
+    """Nobody looks for the defect: what then goes through shows that the check is what finds it."""
+    with ExitStack() as stack:
+        for check in CHECKS[defect]:
+            stack.enter_context(mock.patch(f"tracing._Watching.{check}", return_value=None))
+        yield
 
 
 @contextmanager

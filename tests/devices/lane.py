@@ -108,11 +108,16 @@ def _npu(lane: Lane) -> None:
     import torch_npu  # noqa: F401
     from kernels import all_kernels, unseen_kernels
     from presence import checks
+    from steps import graph_mode
+
+    from ninerank.towers.registry import model_names
 
     _register_missing_shapes()
     for name, check in checks():
         lane.check("present", name, check)
     launches = _traced(lane, "npu")
+    for name in model_names():
+        lane.check("graph", name, lambda name=name: graph_mode(name))
     lane.check("lowered", "every kernel has a specimen", lambda: _none(unseen_kernels("npu")))
     for specimen in all_kernels("npu", launches.values()):
         lane.check("lowered", specimen.name, lambda specimen=specimen: _lowered(specimen))
@@ -130,10 +135,8 @@ def _cuda(lane: Lane) -> None:
             return ", ".join(f"sm_{capability} {cubin(specimen, capability)}" for capability in CAPABILITIES)
 
         lane.check("cubin", specimen.name, compiled)
-    from defects import CopiesToTheHost, MixesDevices
-
-    for defect in (CopiesToTheHost, MixesDevices):
-        lane.check("planted", defect.__name__, lambda defect=defect: _found("cuda", defect))
+    for name in ("CopiesToTheHost", "ReadsAValue", "MixesDevices"):
+        lane.check("planted", name, lambda name=name: _found("cuda", name))
 
 
 def _traced(lane: Lane, device_type: str) -> dict[Any, Any]:
@@ -151,8 +154,10 @@ def _traced(lane: Lane, device_type: str) -> dict[Any, Any]:
 
     for step in steps():
         lane.check("step", step.name, lambda step=step: seen(train(step, device_type)))
-    for name, config in models():
-        lane.check("forward", name, lambda name=name, config=config: seen(forward(name, config, device_type)))
+    for name, _ in models():
+        lane.check("forward", name, lambda name=name: seen(forward(name, device_type)))
+    for dtype in ("fp16", "int8", "int4"):
+        lane.check("forward", f"din, tables in {dtype}", lambda dtype=dtype: seen(forward("din", device_type, dtype)))
     return launches
 
 
@@ -172,15 +177,19 @@ def _lowered(specimen: Any) -> str:
 
 
 def _plant(lane: Lane) -> None:
+    from unittest import mock
+
     import defects
     from kernels import specimens
 
     for name in ("CopiesToTheHost", "ReadsAValue", "WithoutAKernel", "MixesDevices"):
-        lane.check("planted", name, lambda name=name: _found("npu", getattr(defects, name)))
+        lane.check("planted", name, lambda name=name: _found("npu", name))
 
     def oversized() -> str:
         with defects.oversized_tile():
             specimen = next(specimen for specimen in specimens("npu") if specimen.name.startswith("update-adagrad-fp32-16"))
+        with mock.patch("linalg.LIMIT_BYTES", 1 << 30):
+            _lowered(specimen)  # nothing else is wrong with it
         try:
             _lowered(specimen)
         except AssertionError as error:
@@ -190,13 +199,18 @@ def _plant(lane: Lane) -> None:
     lane.check("planted", "an oversized tile", oversized)
 
 
-def _found(device_type: str, defect: Any) -> str:
+def _found(device_type: str, defect: str) -> str:
+    """A step with the defect in its model has a finding that names the line, and has none where the check for it is switched off."""
+    import defects
     from steps import steps, train
 
     step = next(step for step in steps() if step.name == "dnn")
-    findings = train(step, device_type, defect).findings
+    findings = train(step, device_type, getattr(defects, defect)).findings
     assert findings, "not found: it was let through"
     assert "defects.py" in findings[0], "\n".join(findings)
+    with defects.switched_off(defect):
+        others = train(step, device_type, getattr(defects, defect)).findings
+    assert not others, f"found by another check than the one for it: {others[0]}"
     return f"found: {findings[0]}"
 
 

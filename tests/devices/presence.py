@@ -18,6 +18,7 @@ from pyarrow import parquet
 from steps import ROWS
 
 from ninerank.device import Device, missing
+from ninerank.fusion.kernels.launch import BLOCK_BYTES
 from ninerank.towers.registry import build_model
 from ninerank.training.processes import Processes
 from ninerank.training.recipe import Recipe
@@ -56,6 +57,8 @@ def _streams() -> str:
     held = torch.empty(1 << 20, device=device.torch_device)
     grown = device.memory().used_bytes - before
     assert grown >= held.numel() * 4, grown
+    # What lookups of narrow rows may read behind a tensor (fusion/kernels/launch.py) is the allocator's own.
+    assert grown >= held.numel() * 4 + BLOCK_BYTES, f"{grown} bytes for {held.numel() * 4}: nothing is left free behind a tensor"
     assert device.memory().total_bytes == 64 << 30
     return f"a stream, an event, {grown} bytes counted of {held.numel() * 4}"
 

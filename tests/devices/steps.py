@@ -6,21 +6,27 @@ bundle before and after the compiler, sigmoid.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
+from unittest import mock
 
 import torch
+from launches import recorded
 from models import SPEC, batch, models
 from torch import Tensor, nn
 from tracing import Watch, watching
 
-from ninerank.device import BACKENDS, Device
+from ninerank.device import BACKENDS as COLLECTIVES
+from ninerank.device import Device
 from ninerank.embedding.collection import EmbeddingCollection, EmbeddingConfig
+from ninerank.embedding.quantize import QuantizedTable, TableDtype, quantize, stored_dtype
 from ninerank.features.batch import Batch, Block, KeyedJagged
+from ninerank.fusion.backends import AUTOMATIC, BACKENDS, buckets, lower
 from ninerank.fusion.capture import capture
-from ninerank.fusion.compile import compile_graph
-from ninerank.predictor.graph import build_graph, describe_graph
+from ninerank.fusion.compile import PassRecord, compile_graph, graph_for_one
+from ninerank.predictor.graph import DenseGraph, build_graph, describe_graph
 from ninerank.towers.model import RankingModel
-from ninerank.towers.registry import ModelConfig, build_model, model_names
+from ninerank.towers.registry import ModelConfig, build_model
 from ninerank.towers.sides import SidedTower, graph_inputs
 from ninerank.training.loss import check_task_weights
 from ninerank.training.optimizer import ModelOptimizer
@@ -28,7 +34,7 @@ from ninerank.training.processes import Processes
 from ninerank.training.recipe import Recipe
 from ninerank.training.trainer import Progress, Trainer
 
-__all__ = ["Step", "forward", "steps", "train"]
+__all__ = ["Served", "Step", "forward", "graph_mode", "served", "steps", "train"]
 
 ROWS, REQUESTS = 64, 4
 
@@ -76,28 +82,83 @@ def train(step: Step, device_type: str, change: Callable[[nn.Module], nn.Module]
     return watch
 
 
-def forward(name: str, config: ModelConfig, device_type: str) -> Watch:
-    """The predictor's forward of a rank call: the graph as captured and, of models in their usual form, as compiled for a bundle."""
-    host = batch(ROWS, num_requests=REQUESTS)
-    embedding, groups = EmbeddingConfig(), tuple(config.groups(len(SPEC.labels)))
-    model = build_model(config, SPEC, embedding, seed=0).eval()
-    sequences = SPEC.sequence_keys("request")
-    inputs = graph_inputs(model.embedding.sides(host), sequences)
+@dataclass(frozen=True)
+class Served:
+    """A model as a bundle holds it. graphs: before the compiler and after. dims: of the groups of tables. names: of the graph's inputs."""
+
+    graphs: tuple[DenseGraph, DenseGraph]
+    records: tuple[PassRecord, ...]
+    dims: dict[str, int]
+    names: tuple[str, ...]
+    sides: Callable[[int, int], dict[str, Tensor]]
+
+
+@cache
+def served(name: str) -> Served:
+    """The model of this name; compiled once, which takes seconds."""
+    config = dict(models())[name]
+    groups, sequences = tuple(config.groups(len(SPEC.labels))), SPEC.sequence_keys("request")
+    model = build_model(config, SPEC, EmbeddingConfig(), seed=0).eval()
+
+    def sides(num_rows: int, num_requests: int) -> dict[str, Tensor]:
+        """On the host."""
+        with torch.no_grad():
+            return model.embedding.sides(batch(num_rows, num_requests=num_requests))
+
+    inputs = graph_inputs(sides(ROWS, REQUESTS), sequences)
     source = capture(SidedTower(model.tower, groups, sequences).eval(), inputs)
-    graphs = [describe_graph(source)]
-    if device_type == "npu" and name in model_names():  # compiling takes seconds
-        graphs.append(describe_graph(compile_graph(source).module))
-    device = torch.device(device_type, 0)
+    compiled = compile_graph(source)
+    dims = {own: group.dim for own, group in model.embedding.named_groups()}
+    graphs = (describe_graph(source), describe_graph(compiled.module))
+    return Served(graphs, compiled.records, dims, tuple(given.name for given in inputs), sides)
+
+
+def forward(name: str, device_type: str, tables: TableDtype = "fp32") -> Watch:
+    """The predictor's forward of rank calls over tables of a type: the graph as captured, as compiled, and as compiled for one request,
+    each as the device's backend prepares it."""
+    own, device = served(name), torch.device(device_type, 0)
+    rows = sum(table.num_rows for table in SPEC.tables.values())
+    stored = {group: quantize(torch.zeros(1, dim), stored_dtype(tables, dim)) for group, dim in own.dims.items()}
+    many, single = batch(ROWS, num_requests=REQUESTS), batch(ROWS, num_requests=1)
     with watching(device_type) as watch, torch.no_grad():
         with watch.paused():
-            built = [build_graph(replace(graph, weights=_faked(graph.weights, watch)), device) for graph in graphs]
+            source, compiled = (build_graph(replace(graph, weights=_faked(graph.weights, watch)), device) for graph in own.graphs)
+            one = graph_for_one(compiled, own.records)
             with device:
-                tables = {name: torch.empty(model.embedding.layout.total_rows, group.dim) for name, group in model.embedding.named_groups()}
-                collection = EmbeddingCollection.of_tables(SPEC, tables, embedding).eval()
-        sides = collection.sides(tree_of(host, watch.fake).to(device))
-        for graph in built:
-            torch.sigmoid(graph(*[sides[given.name] for given in inputs]).to(torch.float32))
+                storage = {
+                    group: torch.empty(rows, table.storage_VS.shape[1], dtype=table.storage_VS.dtype) for group, table in stored.items()
+                }
+                held = {
+                    group: storage[group] if table.dtype == "fp32" else QuantizedTable(table.dtype, table.dim, storage[group])
+                    for group, table in stored.items()
+                }
+                collection = EmbeddingCollection.of_tables(SPEC, held, EmbeddingConfig()).eval()
+        for host, graphs in ((many, (source, compiled)), (single, (one,))):
+            sides = collection.sides(tree_of(host, watch.fake).to(device))
+            for graph in graphs:
+                ready = BACKENDS[AUTOMATIC[device_type]].prepare(graph, "fp32", graph is one)
+                torch.sigmoid(ready(*[sides[name] for name in own.names]).to(torch.float32))
     return watch
+
+
+def graph_mode(name: str) -> str:
+    """The engine's graph of a model on `npu`, over the stand-in of its driver: bound by the automatic backend, compiled and recorded for
+    each of a few shapes by the real npugraph_ex, replayed; returns what was seen."""
+    own, device = served(name), torch.device("npu", 0)
+    compiled = build_graph(own.graphs[1], device)
+    unrecorded: list[str] = []
+    with recorded(lambda launch, tensors: None), mock.patch.object(buckets.log, "warning", lambda text, *a: unrecorded.append(text % a)):
+        runner = lower(compiled, device, one=graph_for_one(compiled, own.records))
+        assert runner.backend == "npugraphs", f"{runner.backend} runs it: see the log"
+        with torch.inference_mode():
+            for num_rows, num_requests in ((ROWS, 1), (ROWS, 1), (ROWS, REQUESTS)):
+                sides = own.sides(num_rows, num_requests)
+                logits = runner(*[sides[given.name].to(device) for given in runner.inputs])
+                assert logits.shape == (num_rows, len(SPEC.labels)), logits.shape
+    assert not unrecorded, "\n".join(unrecorded)
+    shapes = [*runner._run.shapes, *runner._run_one.shapes]
+    assert len(shapes) == 2, shapes
+    return f"recorded for {len(shapes)} shapes of sizes {' and '.join(str(shape) for shape in shapes)}, 3 calls"
 
 
 def _faked(tensors: dict[str, Tensor], watch: Watch) -> dict[str, Tensor]:
@@ -107,7 +168,7 @@ def _faked(tensors: dict[str, Tensor], watch: Watch) -> dict[str, Tensor]:
 def _trainer(recipe: Recipe, model: RankingModel, device_type: str) -> Trainer:
     """A trainer that can take a step and nothing else: no run directory, no data."""
     trainer = Trainer.__new__(Trainer)
-    trainer.device = Device(f"{device_type}:0", torch.device(device_type, 0), BACKENDS[device_type], torch.bfloat16, "traced")
+    trainer.device = Device(f"{device_type}:0", torch.device(device_type, 0), COLLECTIVES[device_type], torch.bfloat16, "traced")
     trainer.recipe, trainer.processes, trainer.progress = recipe, Processes(), Progress()
     trainer.model, trainer.optimizer = model, ModelOptimizer(model.tower, model.embedding, recipe.optimizer)
     if trainer.optimizer.dense is not None:

@@ -128,7 +128,7 @@ class _Watching(TorchDispatchMode):
             try:
                 out = func(*args, **kwargs)
             except FakeTensorDeviceMismatchError:
-                self.watch.find(f"tensors of {' and '.join(sorted({tensor.device.type for tensor in tensors}))} in {name}")
+                self._mixed(name, tensors)
                 raise
         if on_device or any(leaf.device.type == device for leaf in tree_leaves(out) if isinstance(leaf, Tensor)):
             self.watch.operators[name] += 1
@@ -176,7 +176,10 @@ class _Watching(TorchDispatchMode):
             elif source != device:
                 watch.copies_in += 1
         elif any(tensor.device.type != device and tensor.dim() > 0 for tensor in tensors):
-            watch.find(f"tensors of {' and '.join(sorted(set(places)))} in {name}")
+            self._mixed(name, tensors)
+
+    def _mixed(self, name: str, tensors: list[Tensor]) -> None:
+        self.watch.find(f"tensors of {' and '.join(sorted({tensor.device.type for tensor in tensors}))} in {name}")
 
     def _check_kernel(self, func: Any, name: str, args: Any, kwargs: Any) -> None:
         if self.watch.device_type != "npu":  # a build of torch without CUDA does not know CUDA's kernels

@@ -20,7 +20,7 @@ from ninerank.fusion.kernels.quantized_rows.triton import quantized_kernel
 from ninerank.fusion.kernels.sigmoid_gate.triton import gate_grad_kernel, gate_kernel
 
 POINTER = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}
-TABLE_DIMS = [("fp32", 1), ("fp32", 16), ("fp16", 16), ("bf16", 64), ("fp32", 10), ("fp32", 512)]
+TABLE_DIMS = [("fp32", 1), ("fp32", 16), ("fp16", 16), ("bf16", 64), ("fp32", 10), ("fp16", 10), ("fp32", 512)]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Specimen:
 
 def specimens(device_type: str) -> Iterator[Specimen]:
     for table, dim in TABLE_DIMS:
-        tile = Tile.of(dim, device_type)
+        tile = Tile.of(dim, device_type, gathered_bytes=4 if table == "fp32" else 2)
         shape = {"DIM": dim, "BLOCK": tile.rows, "COLUMNS": tile.columns}
         yield from _lookups(table, dim, shape)
         for optimizer in ("sgd", "adagrad", "rowwise_adagrad", "adam", "ftrl"):
@@ -90,7 +90,7 @@ def _lookups(table: str, dim: int, shape: dict[str, int]) -> Iterator[Specimen]:
 
 def _quantized(dim: int, bits: int, device_type: str) -> Iterator[Specimen]:
     piece = code_bytes(dim, bits)
-    tile = Tile.of(piece, device_type)
+    tile = Tile.of(piece, device_type, gathered_bytes=1)
     shape = {"DIM": dim, "PIECE": piece, "STRIDE": row_bytes(dim, bits), "HALVES": bits == 4, "BLOCK": tile.rows, "COLUMNS": tile.columns}
     for wide in (False, True) if dim == 16 else (False,):
         numbers = {"scale": "*fp32", "bias": "*fp32", "out": "*fp32", "num_outputs": "i32", "num_rows": "i64" if wide else "i32"}
@@ -100,7 +100,7 @@ def _quantized(dim: int, bits: int, device_type: str) -> Iterator[Specimen]:
 
 
 def _jagged(dim: int, device_type: str) -> Iterator[Specimen]:
-    tile = Tile.of(dim, device_type)
+    tile = Tile.of(dim, device_type, gathered_bytes=4)
     shape = {"DIM": dim, "BLOCK": tile.rows, "COLUMNS": tile.columns, "WIDE": False}
     counts = {"num_positions": "i32", "num_histories": "i32"}
     segments = {"starts": "*i32", "lengths": "*i32"}

@@ -169,10 +169,8 @@ def _as_it_is(module: fx.GraphModule, precision: Precision, one_request: bool) -
     return own_copy(module)
 
 
-def _gated(module: fx.GraphModule, precision: Precision, one_request: bool) -> fx.GraphModule:
-    module = own_copy(module)
-    fuse_gates(module)
-    return module
+def _fused_for_npu(module: fx.GraphModule, precision: Precision, one_request: bool) -> fx.GraphModule:
+    return npu.prepare(module)
 
 
 def _packed(module: fx.GraphModule, precision: Precision, one_request: bool) -> fx.GraphModule:
@@ -188,7 +186,7 @@ BACKENDS = {
     "inductor": Backend(_inductor, _as_it_is, ("cpu", "cuda")),
     "aoti": Backend(_aoti, _as_it_is, ("cpu", "cuda")),
     "cudagraphs": Backend(_cuda_graphs, _as_it_is, ("cuda",)),
-    "npugraphs": Backend(_npu_graphs, _gated, ("npu",)),
+    "npugraphs": Backend(_npu_graphs, _fused_for_npu, ("npu",)),
     "eager": Backend(_eager, _as_it_is),
 }
 # What `auto` takes, by kind of device.

@@ -164,7 +164,7 @@ def gather_rows(table_RD: Tensor, rows_O: Tensor) -> Tensor:
     if num_rows == 0:
         return torch.zeros(rows_O.numel(), dim, device=table_RD.device)
     out_OD = torch.empty(rows_O.numel(), dim, dtype=torch.float32, device=table_RD.device)
-    tile, wide = Tile.of(dim, table_RD.device.type), is_wide(max(num_rows, rows_O.numel()), dim)
+    tile, wide = Tile.of(dim, table_RD.device.type, gathered_bytes=table_RD.element_size()), is_wide(max(num_rows, rows_O.numel()), dim)
     if out_OD.numel():
         with on_device(table_RD.device):
             gather_kernel[(num_programs(rows_O.numel(), tile, table_RD.device),)](
@@ -182,7 +182,7 @@ def pool_segments(
     if num_rows == 0 or rows_N.numel() == 0:
         return torch.zeros(num_outputs, dim, device=table_RD.device)
     out_OD = torch.empty(num_outputs, dim, dtype=torch.float32, device=table_RD.device)
-    tile, wide = Tile.of(dim, table_RD.device.type), is_wide(max(num_rows, num_outputs), dim)
+    tile, wide = Tile.of(dim, table_RD.device.type, gathered_bytes=table_RD.element_size()), is_wide(max(num_rows, num_outputs), dim)
     if out_OD.numel():
         with on_device(table_RD.device):
             pool_kernel[(num_programs(num_outputs, tile, table_RD.device),)](

@@ -117,7 +117,7 @@ def backward(grad_BD: Tensor, score_N: Tensor, key_ND: Tensor, offsets: Tensor, 
         out_BD, log_total_B = _attend(score_N, key_ND, offsets, softmax)
         weight_N = (score_N - log_total_B.index_select(0, history_N)).exp()
         mean_N = (grad_BD * out_BD).sum(1).index_select(0, history_N)
-    tile = Tile.of(dim, device.type)
+    tile = Tile.of(dim, device.type, gathered_bytes=4)
     with on_device(device):
         gradient_kernel[(num_programs(num_positions, tile, device),)](
             *(grad_BD, weight_N, mean_N, key_ND, history_N, score_grad_N, key_grad_ND, num_positions, grad_BD.shape[0]),
@@ -136,7 +136,7 @@ def _attend(score_N: Tensor, key_ND: Tensor, offsets: Tensor, softmax: bool) -> 
     num_histories, device = offsets.numel() - 1, key_ND.device
     out_BD, log_total_B = torch.zeros(num_histories, dim, device=device), torch.zeros(num_histories, device=device)
     if out_BD.numel() and num_positions:
-        tile = Tile.of(dim, device.type)
+        tile = Tile.of(dim, device.type, gathered_bytes=4)
         with on_device(device):
             attention_kernel[(num_programs(num_histories, tile, device),)](
                 *(score_N, key_ND, offsets[:-1].to(torch.int32), offsets.diff().to(torch.int32), out_BD, log_total_B, num_histories),

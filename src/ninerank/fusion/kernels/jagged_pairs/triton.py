@@ -99,7 +99,7 @@ def run(query_BD: Tensor, key_ND: Tensor, offsets: Tensor) -> Tensor:
     num_positions, dim = key_ND.shape
     out = torch.empty(num_positions, 3 * dim, device=key_ND.device)
     if out.numel():
-        tile = Tile.of(dim, key_ND.device.type)
+        tile = Tile.of(dim, key_ND.device.type, gathered_bytes=4)
         histories = history_of(offsets, num_positions).to(torch.int32)
         with on_device(key_ND.device):
             pair_kernel[(num_programs(num_positions, tile, key_ND.device),)](
@@ -113,7 +113,7 @@ def backward(grad: Tensor, query_BD: Tensor, key_ND: Tensor, offsets: Tensor) ->
     num_histories, device = query_BD.shape[0], key_ND.device
     query_grad_BD, key_grad_ND = torch.zeros_like(query_BD), torch.empty_like(key_ND)
     if key_grad_ND.numel():
-        tile = Tile.of(dim, device.type)
+        tile = Tile.of(dim, device.type, gathered_bytes=4)
         shape = _shape(tile, dim, num_positions)
         histories = history_of(offsets, num_positions).to(torch.int32)
         starts, lengths = offsets[:-1].to(torch.int32), offsets.diff().to(torch.int32)

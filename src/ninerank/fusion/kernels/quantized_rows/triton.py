@@ -71,7 +71,7 @@ def run(storage_VS: Tensor, rows_N: Tensor, dim: int, bits: int) -> Tensor:
     if num_rows == 0 or rows_N.numel() == 0:
         return torch.zeros(rows_N.numel(), dim, device=device)
     out_ND = torch.empty(rows_N.numel(), dim, device=device)
-    tile = Tile.of(piece, device.type)
+    tile = Tile.of(piece, device.type, gathered_bytes=1)
     rows_N = rows_N.contiguous()
     is_there_N = (rows_N >= 0) & (rows_N < num_rows)
     header_N2 = storage_VS.view(torch.float32)[torch.where(is_there_N, rows_N, 0).to(torch.int64), :2]
