@@ -87,13 +87,12 @@ class RequestLookup:
     def __init__(self, collection: EmbeddingCollection, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
         if not self.takes(collection):
             raise ValueError("a request is looked up in static tables on the CPU")
-        self._collection = collection
         self._pad_to_max = collection.config.padding == "max"
         self._groups = [_Group.of(name, group) for name, group in collection.named_groups()]
         part = collection.static
-        self._sides = (_SidePlan("request", part.request), _SidePlan("item", part.item))
+        self._sides: dict[Side, _SidePlan] = {"request": _SidePlan("request", part.request), "item": _SidePlan("item", part.item)}
         self._dtypes = dict(dtypes or {})
-        self._kernels = {(plan.side, group.name): self._kernel(plan, group) for plan in self._sides for group in self._groups}
+        self._kernels = {(plan.side, group.name): self._kernel(plan, group) for plan in self._sides.values() for group in self._groups}
 
     @staticmethod
     def takes(collection: EmbeddingCollection) -> bool:
@@ -103,15 +102,16 @@ class RequestLookup:
     def sides(self, batch: Batch) -> dict[str, Tensor]:
         """What `EmbeddingCollection.sides` gives; without gradients. Raises DataError for ids and histories that do not fit."""
         row_B = batch.user_row_B
-        inputs = {
-            "dense.request": batch.request.dense_RF,
-            "dense.item": batch.item.dense_RF,
-            USER_ROW: torch.arange(batch.num_rows) if row_B is None else row_B,
-        }
-        for plan, block in zip(self._sides, (batch.request, batch.item), strict=True):
-            if not self._look_up(plan, block, inputs):
-                self._collection.check(batch)
-                raise DataError(f"{plan.side} features: ids do not fit the tables")
+        request, item = self.side("request", batch.request), self.side("item", batch.item)
+        return {**request, **item, USER_ROW: torch.arange(batch.num_rows) if row_B is None else row_B}
+
+    def side(self, side: Side, block: Block) -> dict[str, Tensor]:
+        """The inputs of one side. Raises DataError for ids and histories that do not fit."""
+        plan = self._sides[side]
+        inputs = {f"dense.{side}": block.dense_RF}
+        if not self._look_up(plan, block, inputs):
+            plan.rows.check(block)
+            raise DataError(f"{side} features: ids do not fit their tables")
         return inputs
 
     def _kernel(self, plan: _SidePlan, group: _Group) -> tuple[Any, torch.dtype]:

@@ -74,6 +74,10 @@ class Transform:
         own = torch.from_numpy(np.ascontiguousarray(user_row, np.int64))
         return Batch(self._request.encode(user, count), self._item.encode(items, items.num_rows), user_row_B=own)
 
+    def side(self, side: Side, rows: pa.RecordBatch, count: int) -> Block:
+        """Encode `count` rows of one side alone. Raises DataError as `batch` does."""
+        return (self._request if side == "request" else self._item).encode(rows, count)
+
     def _answers(self, rows: pa.RecordBatch, labels: bool | None) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         spec, there = self.spec, set(rows.schema.names)
         if labels is False:

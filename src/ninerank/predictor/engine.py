@@ -3,6 +3,8 @@
     RankInput -> transform (the user's row once) -> raw ids to rows -> lookup (the user's rows once) -> compiled dense graph
     -> sigmoid -> scores
 
+Where it keeps values by item (`itemvalues`), candidates with keys that it knows skip all of that but the rest of the graph.
+
 Shape legend: B rows, N candidates, T tasks.
 """
 
@@ -22,12 +24,13 @@ from ninerank.embedding.dynamic.frozen import FrozenIds
 from ninerank.embedding.quantize import QuantizedTable, check_dtype
 from ninerank.embedding.request import RequestLookup
 from ninerank.errors import BundleError, DataError, RequestError, SpecError
-from ninerank.features.batch import Batch
+from ninerank.features.batch import Batch, Block
 from ninerank.features.transform import Transform
 from ninerank.fusion.backends import AUTO, Precision, lower
 from ninerank.fusion.compile import graph_for_one
 from ninerank.predictor.bundle import ROUNDING_TOLERANCE, Bundle
 from ninerank.predictor.graph import build_graph
+from ninerank.predictor.itemvalues import ItemScorer, ItemStore, NoItemValuesError
 from ninerank.predictor.rawids import RawIds, lookup_spec
 from ninerank.predictor.request import RankInput, RankOutput, RequestSchema, StageTimes
 
@@ -44,7 +47,9 @@ class Engine:
     A score does not depend on the other candidates of the request beyond rounding (float32: below 1e-6).
     """
 
-    def __init__(self, bundle: Bundle, device: Device, *, backend: str = AUTO, precision: Precision = "fp32") -> None:
+    def __init__(
+        self, bundle: Bundle, device: Device, *, backend: str = AUTO, precision: Precision = "fp32", item_values_mb: float = 0.0
+    ) -> None:
         self.manifest = bundle.manifest
         self.spec = bundle.spec
         self.schema = RequestSchema.of(bundle.spec)
@@ -58,29 +63,62 @@ class Engine:
         self._inputs = tuple(given.name for given in self._graph.inputs)
         is_on_host = device.torch_device.type == "cpu" and RequestLookup.takes(self._embedding)
         self._lookup = RequestLookup(self._embedding, self._graph.dtypes) if is_on_host else None
+        self._item_scorer: ItemScorer | None = None
+        if item_values_mb > 0:
+            try:
+                if not is_on_host:
+                    raise NoItemValuesError(f"values by item are kept on the CPU, the model runs on {device.name}")
+                self._item_scorer = ItemScorer.of(
+                    *(graph, bundle.manifest.passes, self._embedding, int(item_values_mb * 1e6)), backend=backend, precision=precision
+                )
+            except NoItemValuesError as error:
+                log.warning("%s %s keeps no values by item: %s", self.manifest.model_name, self.manifest.model_version, error)
 
     @classmethod
-    def load(cls, bundle_dir: str | Path, device: str = "auto", *, backend: str = AUTO, precision: Precision = "fp32") -> "Engine":
+    def load(
+        cls,
+        bundle_dir: str | Path,
+        device: str = "auto",
+        *,
+        backend: str = AUTO,
+        precision: Precision = "fp32",
+        item_values_mb: float = 0.0,
+    ) -> "Engine":
         """Engine for the bundle in `bundle_dir` on `device` (`auto`, `cpu`, `cuda[:i]`, `npu[:i]`), warm and checked.
 
         backend, precision: as `fusion.backends.lower` takes them; bf16 must keep the golden scores within 2e-3 of what fp32 must.
+        item_values_mb: memory for what the model computes of an item alone, by the keys that `rank` is given; 0 for none.
 
         Raises BundleError for a bundle that does not verify or does not give its golden scores here, DeviceError for a device
         that cannot run.
         """
         bundle = Bundle.load(bundle_dir)
-        engine = cls(bundle, Device.resolve(device), backend=backend, precision=precision)
+        engine = cls(bundle, Device.resolve(device), backend=backend, precision=precision, item_values_mb=item_values_mb)
         engine.check_golden(bundle)
         return engine
 
-    def rank(self, rank_input: RankInput, top_k: int = 0) -> RankOutput:
-        """Score and order the candidates; `top_k` (0: all) bounds the order alone. Raises RequestError for bad values."""
+    @property
+    def item_store(self) -> ItemStore | None:
+        """Values kept by item; None where none are."""
+        return None if self._item_scorer is None else self._item_scorer.store
+
+    def rank(self, rank_input: RankInput, top_k: int = 0, *, item_keys: npt.NDArray[np.int64] | None = None) -> RankOutput:
+        """Score and order the candidates; `top_k` (0: all) bounds the order alone. Raises RequestError for bad values.
+
+        item_keys: int64 (N,), one a candidate. Equal keys stand for equal item features for as long as the engine lives: whoever changes
+        an item gives it another key. A negative key stands for nothing, such as an item with features of the request's own. Where the
+        engine keeps values by item, candidates with known keys are neither encoded nor looked up; elsewhere keys are not read.
+        """
         start = time.perf_counter_ns()
+        if item_keys is not None and len(item_keys) != rank_input.items.num_rows:
+            raise RequestError(f"{len(item_keys)} item keys for {rank_input.items.num_rows} candidates; one a candidate is needed")
         try:
-            batch = self._transform.request(rank_input.user, rank_input.items)
+            if item_keys is not None and self._item_scorer is not None and len(item_keys):
+                scores_NT, times = self._kept_scores(self._item_scorer, rank_input, np.ascontiguousarray(item_keys, np.int64), start)
+            else:
+                scores_NT, times = self._scores(self._transform.request(rank_input.user, rank_input.items), start)
         except DataError as error:
             raise RequestError(str(error)) from None
-        scores_NT, times = self._scores(batch, start)
         order = np.argsort(-scores_NT[:, 0], kind="stable")
         return RankOutput(scores_NT, order[:top_k] if top_k else order, times)
 
@@ -103,6 +141,14 @@ class Engine:
             request = RankInput(golden.rows.select(self.schema.request.names).slice(0, 1), golden.rows.select(self.schema.item.names))
             again_NT = self.score(self.schema.joined(request))
             self._compare(self.rank(request).scores_NT, again_NT, ROUNDING_TOLERANCE + rounding, "scores of a request and of the same rows")
+            if self._item_scorer is not None:
+                keys = np.arange(len(again_NT))
+                for what in ("first", "again"):
+                    kept_NT = self.rank(request, item_keys=keys).scores_NT
+                    self._compare(
+                        kept_NT, again_NT, ROUNDING_TOLERANCE + rounding, f"scores from values by item, {what}, and of the same rows"
+                    )
+                self._item_scorer.store.clear()
         except BundleError:
             raise
         except Exception as error:  # a graph that is wrong may fail in any way
@@ -131,6 +177,21 @@ class Engine:
         done = time.perf_counter_ns()
         times = StageTimes((transformed - start_ns) // 1000, (looked_up - transformed) // 1000, (done - looked_up) // 1000)
         return scores_BT, times
+
+    def _kept_scores(
+        self, scorer: ItemScorer, rank_input: RankInput, key_N: npt.NDArray[np.int64], start_ns: int
+    ) -> tuple[npt.NDArray[np.float32], StageTimes]:
+        request = self._raw_ids.block(self._transform.side("request", rank_input.user, 1))
+        transformed = time.perf_counter_ns()
+
+        def items(place_M: npt.NDArray[np.int64]) -> Block:
+            rows = rank_input.items if len(place_M) == len(key_N) else rank_input.items.take(pa.array(place_M))
+            return self._raw_ids.block(self._transform.side("item", rows, len(place_M)))
+
+        with torch.inference_mode():
+            scores_NT = torch.sigmoid(scorer.logits(request, key_N, items).to(torch.float32)).numpy()
+        done = time.perf_counter_ns()
+        return scores_NT, StageTimes((transformed - start_ns) // 1000, 0, (done - transformed) // 1000)
 
     def _sides(self, batch: Batch) -> dict[str, Tensor]:
         if self._lookup is not None:

@@ -41,9 +41,10 @@ class RawIds:
 
     def rows(self, batch: Batch) -> Batch:
         """The batch, which lies on the host, with rows in place of raw ids."""
-        return replace(batch, request=self._block(batch.request), item=self._block(batch.item))
+        return replace(batch, request=self.block(batch.request), item=self.block(batch.item))
 
-    def _block(self, block: Block) -> Block:
+    def block(self, block: Block) -> Block:
+        """One side with rows in place of raw ids."""
         return replace(
             block, single=self._translated(block.single), bags=self._translated(block.bags), sequences=self._translated(block.sequences)
         )
