@@ -9,9 +9,13 @@ True
 """
 
 from ninerank.metrics.accumulator import Accumulator
+from ninerank.metrics.bootstrap import Bootstrap, auc_bootstrap, bootstrap, poisson_weights
 from ninerank.metrics.bucketed import BoundedAUC, BucketedAUC, bucketed_auc
 from ninerank.metrics.calibration import PCOC, Buckets, Calibration, ScoreHistogram, calibration, ece, pcoc
 from ninerank.metrics.catalogue import ItemCounts, coverage, novelty, top_k
+from ninerank.metrics.clusters import MetricDifference, MetricInterval, RatioInterval, metric_difference, metric_interval, ratio_interval
+from ninerank.metrics.delong import AUCDifference, AUCInterval, auc_difference, auc_interval
+from ninerank.metrics.intervals import Interval, normal_interval
 from ninerank.metrics.likelihood import (
     CLIP,
     LogLoss,
@@ -29,7 +33,10 @@ from ninerank.metrics.sliced import Sliced, time_slices
 
 __all__ = [
     "AUC",
+    "AUCDifference",
+    "AUCInterval",
     "Accumulator",
+    "Bootstrap",
     "BoundedAUC",
     "BucketedAUC",
     "Buckets",
@@ -40,22 +47,30 @@ __all__ = [
     "GAUC",
     "GroupTable",
     "HitRate",
+    "Interval",
     "ItemCounts",
     "ListTable",
     "LogLoss",
     "MAP",
     "MRR",
+    "MetricDifference",
+    "MetricInterval",
     "NDCG",
     "NormalizedEntropy",
     "PCOC",
     "PerTask",
+    "RatioInterval",
     "RelativeInformationGain",
     "RocCurve",
     "ScoreHistogram",
     "Sliced",
     "TaskQuality",
     "auc",
+    "auc_bootstrap",
+    "auc_difference",
+    "auc_interval",
     "average_precision",
+    "bootstrap",
     "bucketed_auc",
     "calibration",
     "coverage",
@@ -63,10 +78,15 @@ __all__ = [
     "gauc",
     "hit_rate",
     "logloss",
+    "metric_difference",
+    "metric_interval",
     "ndcg",
+    "normal_interval",
     "normalized_entropy",
     "novelty",
     "pcoc",
+    "poisson_weights",
+    "ratio_interval",
     "reciprocal_rank",
     "relative_information_gain",
     "restore_scores",
