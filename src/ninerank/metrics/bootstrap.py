@@ -19,7 +19,7 @@ from ninerank.metrics.clusters import metric_named
 from ninerank.metrics.intervals import Interval, check_level
 from ninerank.metrics.rows import Array, check_groups, check_rows
 
-__all__ = ["Bootstrap", "auc_bootstrap", "bootstrap", "poisson_weights"]
+__all__ = ["Bootstrap", "auc_bootstrap", "bootstrap", "hash_keys", "poisson_weights"]
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 LANES = 4
@@ -185,10 +185,14 @@ def _weights(key_C: Array, num_replicates: int, seed: int) -> Iterator[tuple[sli
         yield own, poisson_weights(key_C[own], num_replicates, seed)
 
 
+def hash_keys(key_C: ArrayLike, seed: int) -> Array:
+    """uint64 (C,): a hash of each integer key, the same wherever it is asked."""
+    return _mix(np.asarray(key_C, np.int64).view(np.uint64) ^ _mix(np.array([seed], np.int64).view(np.uint64)))
+
+
 def _draw(key_C: Array, word_W: Array, seed: int) -> Array:
     """uint8 (C, 4 W): counts of the replicates 4 w, .., 4 w + 3 of each word w: each hash holds four of 16 bits."""
-    mixed_C = _mix(key_C.view(np.uint64) ^ _mix(np.array([seed], np.int64).view(np.uint64)))
-    hash_CW = _mix(mixed_C[:, None] + GOLDEN * (word_W + 1).astype(np.uint64))
+    hash_CW = _mix(hash_keys(key_C, seed)[:, None] + GOLDEN * (word_W + 1).astype(np.uint64))
     counts: Array = POISSON[hash_CW.astype("<u8").view("<u2")]
     return counts
 

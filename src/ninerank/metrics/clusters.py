@@ -98,11 +98,14 @@ class ClusterSums(Accumulator):
         value = float(of(totals[:, None])[0])
         if self.num_clusters < 2 or not np.isfinite(value):
             return Interval(value, float("nan"), float("nan"), float("nan"), level)
-        steps = np.where(totals == 0, STEP, np.abs(totals) * STEP)
+        moments = self._moments + self._sums @ self._sums.T
+        # A sum that cancels out is as small as can be: what counts is the size of what it is made of.
+        size = np.maximum(np.abs(totals), np.sqrt(np.diag(moments)))
+        steps = STEP * np.where(size > 0, size, 1.0)
         away = np.concatenate([totals[:, None] + np.diag(steps), totals[:, None] - np.diag(steps)], axis=1)
         up, down = of(away).reshape(2, -1)
         slope = np.nan_to_num((up - down) / (2 * steps))
-        spread = self._moments + self._sums @ self._sums.T - np.outer(totals, totals) / self.num_clusters
+        spread = moments - np.outer(totals, totals) / self.num_clusters
         variance = slope @ spread @ slope * self.num_clusters / (self.num_clusters - 1)
         return normal_interval(value, max(float(variance), 0.0), level)
 
