@@ -138,7 +138,7 @@ def test_clusters_widen_the_intervals_of_alike_rows() -> None:
 
 
 def test_the_logging_policy_is_valued_at_its_mean_reward() -> None:
-    rows, _ = WORLD.draw(4, 500)
+    rows, _ = WORLD.draw(4, 900)
     same = Feedback.of(rows.reward_N, rows.propensity_N, rows.propensity_N, cluster_N=rows.cluster_N)
     found = estimate(same)
     assert found.estimates["ips"].value == found.estimates["snips"].value == rows.reward_N.mean()

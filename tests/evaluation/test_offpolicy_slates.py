@@ -8,6 +8,7 @@ import pytest
 
 from ninerank.errors import DataError
 from ninerank.evaluation.offpolicy.slates import SLATE_ESTIMATORS, Slates, pseudo_inverse_weights, slate_value
+from ninerank.metrics import ratio_interval
 
 # What the Open Bandit Pipeline (obp 0.4.1) gives on the arrays below; its reward-interaction estimator is `cascade` here.
 OPEN_BANDIT_PIPELINE = {"standard": 5.67617418744054, "item_position": 1.8791241833475827, "cascade": 3.6602476025621944}
@@ -94,8 +95,6 @@ def test_intervals_cover_the_known_value_of_lists(estimator: str, belief: str) -
         reward = clicks(rng, shown, belief)
         if estimator == "pseudo_inverse":
             weight = pseudo_inverse_weights(shown, LISTS, chance_logging, at_target)
-            from ninerank.metrics import ratio_interval
-
             hits += ratio_interval(reward.sum(1) * weight).covers(truth)
             continue
         if estimator == "item_position":

@@ -18,22 +18,25 @@ from ninerank.metrics.rows import Array
 __all__ = ["Diagnostics", "Overlap"]
 
 FEWEST_EFFECTIVE = 100
+FEWEST_REWARDED = 100
 SMALLEST_SHARE = 0.01
 LARGEST_SHARE = 0.05
 TINY_PROPENSITY = 1e-4
 
 
 class Diagnostics(NamedTuple):
-    """decisions, clusters: how many. effective_size: (sum w)^2 / sum w^2 (Kish 1965). effective_share: of the decisions.
+    """How much of a log speaks about the target policy.
 
-    largest_weight, largest_weight_share: the largest, and its share of all weight. mean_weight: 1 where propensities are right and
-    every action of the target can occur. unmatched_share: decisions that the target never takes. smallest_propensity.
-    target_without_support: probability mass of the target on actions that the log cannot contain; nan where it is not known.
-    warnings: what of this speaks against the estimates, in words.
+    decisions, clusters: how many. rewarded: decisions with a reward that the target takes too. effective_size: (sum w)^2 / sum w^2
+    (Kish 1965). effective_share: of the decisions. largest_weight, largest_weight_share: the largest, and its share of all weight.
+    mean_weight: 1 where propensities are right and every action of the target can occur. unmatched_share: decisions that the target never
+    takes. smallest_propensity. target_without_support: probability mass of the target on actions that the log cannot contain; nan where it
+    is not known. warnings: what of this speaks against the estimates, in words.
     """
 
     decisions: int
     clusters: int
+    rewarded: int
     effective_size: float
     effective_share: float
     largest_weight: float
@@ -50,22 +53,22 @@ class Overlap(Accumulator):
 
     def __init__(self) -> None:
         self._mean = RatioInterval()
-        # Sum of squares, decisions with weight 0, unsupported mass of the target, decisions for which it is known.
-        self._sums = np.zeros(4)
+        # Sum of squares, decisions with weight 0, those with weight and reward; unsupported mass of the target, decisions it is known for.
+        self._sums = np.zeros(5)
         self._largest, self._smallest = 0.0, np.inf
 
     def update(self, rows: Feedback) -> Self:
         if len(rows):
             weight_N = rows.weight_N
             self._mean.update(weight_N, None, rows.cluster_N)
-            self._sums[:2] += [float(weight_N @ weight_N), float((weight_N == 0).sum())]
+            self._sums[:3] += [weight_N @ weight_N, (weight_N == 0).sum(), ((weight_N > 0) & (rows.reward_N != 0)).sum()]
             self._largest = max(self._largest, float(weight_N.max()))
             self._smallest = min(self._smallest, float(rows.propensity_N.min()))
         return self
 
     def note_support(self, unsupported_N: Array) -> Self:
         """unsupported_N: for each decision, the target's probability of actions that the logging policy never takes there."""
-        self._sums[2:] += [float(np.sum(unsupported_N)), len(unsupported_N)]
+        self._sums[3:] += [float(np.sum(unsupported_N)), len(unsupported_N)]
         return self
 
     def merge(self, other: Self) -> Self:
@@ -77,11 +80,12 @@ class Overlap(Accumulator):
 
     def value(self) -> Diagnostics:
         total, decisions = self._mean.totals().tolist()
-        squares, unmatched, unsupported, known = self._sums.tolist()
+        squares, unmatched, rewarded, unsupported, known = self._sums.tolist()
         effective = total**2 / squares if squares > 0 else 0.0
         found = Diagnostics(
             decisions=int(decisions),
             clusters=self._mean.num_clusters,
+            rewarded=int(rewarded),
             effective_size=effective,
             effective_share=effective / decisions if decisions else 0.0,
             largest_weight=self._largest,
@@ -113,6 +117,11 @@ def _warnings(found: Diagnostics) -> list[str]:
         said.append(
             f"effective sample size {found.effective_size:.0f} of {found.decisions} decisions: a few decisions carry the estimates; "
             f"normal intervals need about {FEWEST_EFFECTIVE}"
+        )
+    if found.rewarded < FEWEST_REWARDED:
+        said.append(
+            f"{found.rewarded} of {found.decisions} decisions have a reward that counts for the target: "
+            f"intervals are rough below {FEWEST_REWARDED}"
         )
     if found.largest_weight_share > LARGEST_SHARE:
         said.append(f"one decision of weight {found.largest_weight:.4g} carries {found.largest_weight_share:.1%} of all weight")
