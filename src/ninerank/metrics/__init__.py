@@ -28,6 +28,7 @@ from ninerank.metrics.likelihood import (
 from ninerank.metrics.lists import MAP, MRR, NDCG, HitRate, ListTable, average_precision, hit_rate, ndcg, reciprocal_rank
 from ninerank.metrics.multitask import Conversion, ConversionTable, PerTask, TaskQuality
 from ninerank.metrics.ranking import AUC, GAUC, GroupTable, RocCurve, auc, gauc, roc_curve
+from ninerank.metrics.recalibration import Recalibration
 from ninerank.metrics.sampling import restore_scores, sampling_weights
 from ninerank.metrics.sliced import Sliced, time_slices
 
@@ -60,6 +61,7 @@ __all__ = [
     "PCOC",
     "PerTask",
     "RatioInterval",
+    "Recalibration",
     "RelativeInformationGain",
     "RocCurve",
     "ScoreHistogram",
