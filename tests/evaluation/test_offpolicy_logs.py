@@ -12,7 +12,7 @@ import pytest
 from ninerank.cli.main import main
 from ninerank.errors import DataError, SpecError
 from ninerank.evaluation.offpolicy import estimate
-from ninerank.evaluation.offpolicy.logs import OPEN_BANDIT, DecisionColumns, Target, question_of, read_decisions
+from ninerank.evaluation.offpolicy.logs import JOINED, OPEN_BANDIT, DecisionColumns, Target, lists_for, question_of, read_decisions
 
 
 def written(path: Path, seed: int, rows: int, chance: list[float]) -> Path:
@@ -110,6 +110,60 @@ def test_the_command_prints_a_table_or_json(tmp_path: Path, capsys: pytest.Captu
     assert said.count("\n") == 1
     code, _, said = run(capsys, str(log), "--format", "open_bandit")
     assert "did you mean 'openbandit'" in said
+
+
+def joined_log(folder: Path) -> Path:
+    """Lists of 3 as `ninerank join` writes them: partitioned by date, places from 0, item 2 better than 1 than 0."""
+    rng = np.random.default_rng(5)
+    for day in ("2026-01-01", "2026-01-02"):
+        item = rng.choice(3, (800, 3), p=[0.5, 0.3, 0.2])
+        (folder / f"date={day}").mkdir(parents=True)
+        table = {
+            "request_id": np.repeat([f"{day}-{n}" for n in range(800)], 3),
+            "candidate_id": item.ravel().astype(str),
+            "position": np.tile([0, 1, 2], 800),
+            "propensity": np.array([0.5, 0.3, 0.2])[item].ravel(),
+            "buy": (rng.random(2400) < np.array([0.1, 0.2, 0.4])[item].ravel()).astype(np.int8),
+            "p_new": np.array([0.2, 0.2, 0.6])[item].ravel(),
+        }
+        pq.write_table(pa.table(table), folder / f"date={day}" / "part-0.parquet")
+    return folder
+
+
+def test_joined_logs_are_read_by_row_and_by_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = joined_log(tmp_path / "joined")
+    words = (str(log), "--format", "joined", "--reward", "buy", "--policy", "column:p_new", "--json")
+    _, printed, _ = run(capsys, *words)
+    by_row = json.loads(printed)
+    assert by_row["diagnostics"]["decisions"] == 4800
+    assert by_row["diagnostics"]["clusters"] == 1600
+    assert by_row["estimates"]["ips"]["low"] < 0.3 < by_row["estimates"]["ips"]["high"]
+    for kind, names in {"place": ("item_position", "pseudo_inverse"), "given-above": ("independent", "cascade", "standard")}.items():
+        _, printed, _ = run(capsys, *words, "--lists", kind)
+        found = json.loads(printed)
+        assert found["lists"] == 1600
+        for name in names:
+            assert found["estimates"][name]["low"] < 0.9 < found["estimates"][name]["high"], name
+    code, printed, _ = run(capsys, *words[:-1], "--lists", "place", "--out", str(tmp_path / "lists.json"))
+    assert "reward of a list under policy column:p_new, 1,600 lists" in " ".join(printed.split())
+    assert json.loads((tmp_path / "lists.json").read_text())["lists"] == 1600
+    for more, message in (
+        (("--lists", "places"), "did you mean 'place'"),
+        (("--lists", "place", "--policy", "uniform"), "policy 'uniform' of lists: logging or column:NAME"),
+        (("--columns", "x.yaml"), "names the columns itself"),
+    ):
+        code, _, said = run(capsys, *words, *more)
+        assert code == 1
+        assert message in said
+    rows = read_decisions(log, JOINED.model_copy(update={"reward": "buy", "list": None}))
+    with pytest.raises(DataError, match="lists need the columns `list`"):
+        lists_for(rows, Target.parse("logging"))
+
+
+def test_a_log_with_some_propensities_says_what_to_log(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"click": [1, 0], "candidate_id": ["a", "b"], "propensity": [0.5, None]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="column 'propensity' has 1 nulls.*log with each decision"):
+        read_decisions(tmp_path, DecisionColumns(reward="click", action="candidate_id"))
 
 
 def test_open_bandit_sample(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,14 @@ import typer
 
 if TYPE_CHECKING:
     from ninerank.evaluation.offpolicy import Valuation
+    from ninerank.evaluation.offpolicy.slates import Slates
     from ninerank.metrics import Interval
+
+# By what the probabilities of a place are: the estimators that they serve.
+LIST_ESTIMATORS = {
+    "place": ("item_position", "pseudo_inverse"),
+    "given-above": ("independent", "cascade", "reward_interaction", "standard"),
+}
 
 
 def run(
@@ -22,7 +29,14 @@ def run(
         ),
     ] = "logging",
     columns: Annotated[Path | None, typer.Option(help="YAML file that names the columns: reward, action, propensity, ...")] = None,
-    data_format: Annotated[str, typer.Option("--format", help="columns (as --columns or the defaults say) or openbandit.")] = "columns",
+    data_format: Annotated[
+        str, typer.Option("--format", help="columns (as --columns or the defaults say), joined (of `ninerank join`) or openbandit.")
+    ] = "columns",
+    reward: Annotated[str | None, typer.Option(help="Column of the reward, in place of the mapped one.")] = None,
+    lists: Annotated[
+        str | None,
+        typer.Option(help="Rows are places of lists; their probabilities are: place (the item stands there at all) or given-above."),
+    ] = None,
     model: Annotated[bool, typer.Option(help="Estimate with a reward model as well: DM, DR and their kin.")] = True,
     clip: Annotated[float, typer.Option(help="Largest weight of clipped IPS, and threshold of switch-DR.", min=0)] = 10.0,
     shrinkage: Annotated[float, typer.Option(help="Lambda of DRos.", min=0)] = 100.0,
@@ -33,18 +47,25 @@ def run(
     """Value a policy that did not serve, with intervals and warnings, from the log of one that did."""
     from ninerank.errors import DataError, nearest
     from ninerank.evaluation.offpolicy.estimators import DR, IPS, SNDR, SNIPS, ClippedIPS, DirectMethod, DRos, SwitchDR
-    from ninerank.evaluation.offpolicy.logs import OPEN_BANDIT, DecisionColumns, Target, question_of, read_decisions
+    from ninerank.evaluation.offpolicy.logs import FORMATS, DecisionColumns, Target, lists_for, question_of, read_decisions
     from ninerank.evaluation.offpolicy.valuation import OffPolicy
     from ninerank.evaluation.page import check_writable, write_text
 
     check_writable(out)
     target = Target.parse(policy)
-    if data_format not in ("columns", "openbandit"):
-        raise DataError(f"format {data_format!r}; {nearest(data_format, ('columns', 'openbandit'))}")
-    if data_format == "openbandit" and columns is not None:
-        raise DataError("--format openbandit names the columns itself: leave out --columns")
-    mapping = OPEN_BANDIT if data_format == "openbandit" else DecisionColumns() if columns is None else DecisionColumns.load(columns)
+    if data_format not in FORMATS:
+        raise DataError(f"format {data_format!r}; {nearest(data_format, FORMATS)}")
+    if data_format != "columns" and columns is not None:
+        raise DataError(f"--format {data_format} names the columns itself: leave out --columns")
+    if lists not in (None, *LIST_ESTIMATORS):
+        raise DataError(f"lists {lists!r}; {nearest(str(lists), LIST_ESTIMATORS)}")
+    mapping = FORMATS[data_format] if columns is None else DecisionColumns.load(columns)
+    if reward is not None:
+        mapping = mapping.model_copy(update={"reward": reward})
     rows = read_decisions(log, mapping, target.of if target.kind == "column" else None)
+    if lists is not None:
+        _value_lists(lists_for(rows, target), lists, policy, level, out, as_json=as_json)
+        return
     asked = question_of(rows, target, mapping, with_model=model)
     estimators = (IPS(), ClippedIPS(clip), SNIPS(), DirectMethod(), DR(), SNDR(), SwitchDR(clip), DRos(shrinkage))
     found = OffPolicy(estimators, level).update(asked.feedback, asked.unsupported_N).value()
@@ -61,6 +82,33 @@ def run(
     _print(found, policy, asked.caveats)
     if out is not None:
         print(f"wrote {out}")
+
+
+def _value_lists(rows: "Slates", lists: str, policy: str, level: float, out: Path | None, *, as_json: bool) -> None:
+    from ninerank.evaluation.offpolicy.slates import slate_value
+    from ninerank.evaluation.page import write_text
+
+    found = {name: slate_value(rows, name, level=level) for name in LIST_ESTIMATORS[lists]}
+    numbers = {name: {key: number if number == number else None for key, number in own._asdict().items()} for name, own in found.items()}  # noqa: PLR0124
+    text = json.dumps({"policy": policy, "lists": len(rows.reward_LK), "estimates": numbers}, indent=1, allow_nan=False)
+    if out is not None:
+        write_text(out, text + "\n")
+    if as_json:
+        print(text)
+        return
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from ninerank.cli.tables import output
+
+    title = f"reward of a list under policy {policy}, {len(rows.reward_LK):,} lists"
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("estimator")
+    for name in ("value", f"interval at {level:.4g}"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, own in found.items():
+        table.add_row(name, *_numbers(own))
+    output().print(table)
 
 
 def _print(found: "Valuation", policy: str, caveats: tuple[str, ...]) -> None:

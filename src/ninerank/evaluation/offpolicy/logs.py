@@ -16,13 +16,27 @@ from ninerank.config import Config
 from ninerank.errors import DataError, nearest
 from ninerank.evaluation.offpolicy.feedback import WHAT_TO_LOG, Feedback
 from ninerank.evaluation.offpolicy.rewards import cross_fit
+from ninerank.evaluation.offpolicy.slates import Slates
 from ninerank.features.columns import column_of, conform
 from ninerank.features.files import ArrowLog, Dialect, LogFile, ParquetLog, TextLog, expand, format_of
 from ninerank.features.hashing import hash_strings
 from ninerank.metrics.rows import Array
 
-__all__ = ["OPEN_BANDIT", "POLICIES", "DecisionColumns", "Decisions", "Question", "Target", "question_of", "read_decisions"]
+__all__ = [
+    "FORMATS",
+    "JOINED",
+    "OPEN_BANDIT",
+    "POLICIES",
+    "DecisionColumns",
+    "Decisions",
+    "Question",
+    "Target",
+    "lists_for",
+    "question_of",
+    "read_decisions",
+]
 
+NUMBERS = ("reward", "propensity", "model", "base", "target", "place")
 POLICIES = "logging, uniform, log:PATH or column:NAME"
 
 
@@ -34,17 +48,27 @@ class DecisionColumns(Config):
     propensity: str | None = Field(default="propensity", description="probability with which the logging policy showed it")
     context: str | None = Field(default=None, description="position or segment: policies are told apart by it")
     cluster: str | None = Field(default=None, description="request or user; its rows depend on one another")
+    list: str | None = Field(default=None, description="request whose rows are the places of one list")
+    place: str | None = Field(default=None, description="place in the list, from 0; only its order counts")
     model: str | None = Field(default=None, description="reward that a model expects of the logged action")
     base: str | None = Field(default=None, description="reward that the model expects of the target policy")
 
 
 # Saito et al. 2021, "Open Bandit Dataset and Pipeline".
 OPEN_BANDIT = DecisionColumns(reward="click", action="item_id", propensity="propensity_score", context="position")
+# What `ninerank join` writes; the label's column is called as the label is.
+JOINED = DecisionColumns(
+    reward="click", action="candidate_id", context="position", cluster="request_id", list="request_id", place="position"
+)
+FORMATS = {"columns": DecisionColumns(), "openbandit": OPEN_BANDIT, "joined": JOINED}
 
 
 @dataclass(frozen=True)
 class Decisions:
-    """Columns of a decision log; action and context as strings, None where the log has none. target_N: a column asked for by name."""
+    """Columns of a decision log; action and context as strings, None where the log has none. target_N: a column asked for by name.
+
+    list_N: int64 keys of lists. place_N: int64 places in them.
+    """
 
     reward_N: Array
     propensity_N: Array
@@ -54,6 +78,8 @@ class Decisions:
     model_N: Array | None
     base_N: Array | None
     target_N: Array | None
+    list_N: Array | None
+    place_N: Array | None
 
 
 def read_decisions(paths: str | Path | Sequence[str | Path], columns: DecisionColumns, target: str | None = None) -> Decisions:
@@ -65,10 +91,10 @@ def read_decisions(paths: str | Path | Sequence[str | Path], columns: DecisionCo
     if columns.propensity is None:
         raise DataError(f"no propensity column is named, and without one no policy but the log's own can be valued: {WHAT_TO_LOG}")
     wanted = {"target": target, **columns.model_dump()}
-    numbers = {name: column for name, column in wanted.items() if column and name in ("reward", "propensity", "model", "base", "target")}
-    texts = {name: column for name, column in wanted.items() if column and name in ("action", "context", "cluster")}
+    numbers = {name: column for name, column in wanted.items() if column and name in NUMBERS}
+    texts = {name: column for name, column in wanted.items() if column and name not in NUMBERS}
     found: dict[str, list[pa.Array]] = {name: [] for name in (*numbers, *texts)}
-    for path in expand(paths):
+    for path in _files(paths):
         file = _open(path)
         if columns.propensity not in file.names:
             raise DataError(
@@ -80,7 +106,8 @@ def read_decisions(paths: str | Path | Sequence[str | Path], columns: DecisionCo
         for block in range(len(file.block_rows)):
             for batch in file.read(block, list(dict.fromkeys((*numbers.values(), *texts.values())))):
                 for name, column in numbers.items():
-                    found[name].append(_whole(conform(column_of(batch, column), pa.float64(), column), path, column))
+                    hint = f"; {WHAT_TO_LOG}" if name == "propensity" else ""
+                    found[name].append(_whole(conform(column_of(batch, column), pa.float64(), column), path, column, hint))
                 for name, column in texts.items():
                     found[name].append(_whole(conform(column_of(batch, column), pa.string(), column), path, column))
     joined = {name: pa.chunked_array(parts).combine_chunks() for name, parts in found.items() if parts}
@@ -97,6 +124,8 @@ def read_decisions(paths: str | Path | Sequence[str | Path], columns: DecisionCo
         number.get("model"),
         number.get("base"),
         number.get("target"),
+        hash_strings(joined["list"]).view(np.int64) if "list" in joined else None,
+        number["place"].astype(np.int64) if "place" in number else None,
     )
 
 
@@ -149,7 +178,11 @@ def question_of(rows: Decisions, target: Target, columns: DecisionColumns, *, wi
     else:
         if rows.action_N is None:
             raise DataError(f"policy {target.kind!r} needs an action column: what was shown")
-        other = read_decisions(target.of, columns.model_copy(update={"cluster": None, "model": None, "base": None})) if target.of else rows
+        other = (
+            read_decisions(target.of, columns.model_copy(update=dict.fromkeys(("cluster", "model", "base", "list", "place"))))
+            if target.of
+            else rows
+        )
         assert other.action_N is not None
         actions, (action_N, other_action_M) = _codes(rows.action_N, other.action_N)
         contexts, (context_N, other_context_M) = _codes(rows.context_N, other.context_N)
@@ -173,6 +206,34 @@ def question_of(rows: Decisions, target: Target, columns: DecisionColumns, *, wi
     return Question(feedback, unsupported_N, caveats)
 
 
+def lists_for(rows: Decisions, target: Target) -> Slates:
+    """Lists under a target policy, "logging" or "column:NAME", from the places that are rows.
+
+    Raises DataError where the log names no lists and places, or the policy is one that lists cannot be valued under.
+    """
+    if rows.list_N is None or rows.place_N is None:
+        raise DataError("lists need the columns `list` (request whose rows are one list) and `place`: name both with --columns")
+    if target.kind not in ("logging", "column"):
+        raise DataError(f"policy {target.kind!r} of lists: logging or column:NAME is needed, the target's probability at each place")
+    target_N = rows.propensity_N if target.kind == "logging" else rows.target_N
+    assert target_N is not None, "the column was read"
+    # Places may begin anywhere and have gaps (candidates that were not shown): what counts is their order.
+    order = np.lexsort((rows.place_N, rows.list_N))
+    sorted_N = rows.list_N[order]
+    place_N = np.empty(len(order), np.int64)
+    place_N[order] = np.arange(len(order)) - np.searchsorted(sorted_N, sorted_N)
+    # One cluster a list, so that every row of a list has the list's own.
+    clusters = rows.cluster_N if rows.cluster_N is not None else rows.list_N
+    return Slates.of_rows(rows.list_N, place_N, rows.reward_N, rows.propensity_N, target_N, cluster_N=clusters)
+
+
+def _files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
+    """Files, those of directories, and those of directories of partitions."""
+    given = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
+    inside = [sorted(path.rglob("*.parquet")) if path.is_dir() else [] for path in given]
+    return expand([file for path, found in zip(given, inside, strict=True) for file in (found or [path])])
+
+
 def _open(path: Path) -> LogFile:
     kind = format_of(path)
     if kind == "parquet":
@@ -184,9 +245,9 @@ def _open(path: Path) -> LogFile:
     raise DataError(f"{path}: ending {path.suffix!r}: .parquet, .arrow, .csv or .tsv is needed")
 
 
-def _whole(array: pa.Array, path: Path, column: str) -> pa.Array:
+def _whole(array: pa.Array, path: Path, column: str, hint: str = "") -> pa.Array:
     if array.null_count:
-        raise DataError(f"{path}: column {column!r} has {array.null_count} nulls; every decision needs a value")
+        raise DataError(f"{path}: column {column!r} has {array.null_count} nulls, every decision needs a value{hint}")
     return array
 
 
