@@ -33,6 +33,7 @@ from ninerank.metrics import (
     poisson_weights,
     ratio_interval,
 )
+from ninerank.metrics.keys import distinct
 
 
 def draw(seed: int, users: int, rows_each: int = 6) -> tuple[np.ndarray, ...]:
@@ -153,6 +154,14 @@ def test_bootstrap_and_delta_method_agree() -> None:
     sums = np.stack([table.weight_G * table.auc_G, table.weight_G])
     again = bootstrap(lambda sums_SR: sums_SR[0] / sums_SR[1], sums, cluster_N=table.group_G)
     assert again.standard_error == pytest.approx(within.standard_error, rel=0.1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(keys=st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-5, 5), max_size=30))
+def test_distinct_keys_are_those_of_numpy(keys: list[int]) -> None:
+    column = np.array(keys, np.int64)
+    for mine, theirs in zip(distinct(column), np.unique(column, return_inverse=True), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
 
 
 def test_poisson_weights_are_those_of_the_key() -> None:

@@ -17,6 +17,7 @@ from typing_extensions import Self
 from ninerank.metrics.accumulator import Accumulator, State, SumAccumulator
 from ninerank.metrics.clusters import metric_named
 from ninerank.metrics.intervals import Interval, check_level
+from ninerank.metrics.keys import distinct
 from ninerank.metrics.rows import Array, check_groups, check_rows
 
 __all__ = ["Bootstrap", "auc_bootstrap", "bootstrap", "hash_keys", "poisson_weights"]
@@ -79,7 +80,7 @@ class Bootstrap(Accumulator):
             check_rows(label_B, score, weight_B, probability=self.metric.probability) for score in (score_B, other_B) if score is not None
         ]
         terms = np.concatenate([self.metric.terms(own) for own in rows])
-        key_C, place_B = np.unique(check_groups(cluster_B, terms.shape[1], what="clusters"), return_inverse=True)
+        key_C, place_B = distinct(check_groups(cluster_B, terms.shape[1], what="clusters"))
         sums_SC = np.stack([np.bincount(place_B, row, len(key_C)) for row in terms])
         added = self._sums[: len(terms)]
         added[:, 0] += sums_SC.sum(1)
@@ -130,7 +131,7 @@ def bootstrap(
 ) -> Interval:
     """Percentile interval of any function (S, R) -> (R,) of sums over the rows, clusters resampled."""
     sums = np.atleast_2d(np.asarray(sums_SN, np.float64))
-    key_C, place_N = np.unique(check_groups(cluster_N, sums.shape[1], what="clusters"), return_inverse=True)
+    key_C, place_N = distinct(check_groups(cluster_N, sums.shape[1], what="clusters"))
     sums_SC = np.stack([np.bincount(place_N, row, len(key_C)) for row in sums])
     resampled = np.zeros((len(sums), num_replicates))
     for own, weights in _weights(key_C, num_replicates, seed):
@@ -154,7 +155,7 @@ def auc_bootstrap(
     Rows are sorted once and each replicate costs one pass over them. `AUCInterval` gives about the same in one.
     """
     both = [check_rows(label_N, score, weight_N) for score in (score_N, other_N) if score is not None]
-    key_C, place_N = np.unique(check_groups(cluster_N, len(both[0]), what="clusters"), return_inverse=True)
+    key_C, place_N = distinct(check_groups(cluster_N, len(both[0]), what="clusters"))
     sorted_rows = []
     for rows in both:
         order = np.argsort(rows.score_B)

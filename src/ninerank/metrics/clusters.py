@@ -16,6 +16,7 @@ from typing_extensions import Self
 from ninerank.errors import DataError
 from ninerank.metrics.accumulator import Accumulator, State, SumAccumulator, ratio
 from ninerank.metrics.intervals import Interval, check_level, normal_interval
+from ninerank.metrics.keys import distinct
 from ninerank.metrics.rows import Array, check_groups, check_rows
 
 __all__ = [
@@ -111,7 +112,7 @@ class ClusterSums(Accumulator):
 
     def _join(self, keys: Array, sums: Array) -> None:
         if len(keys):
-            self._keys, place = np.unique(np.concatenate([self._keys, keys]), return_inverse=True)
+            self._keys, place = distinct(np.concatenate([self._keys, keys]))
             both = np.concatenate([self._sums, sums], axis=1)
             self._sums = np.stack([np.bincount(place, row, len(self._keys)) for row in both])
 

@@ -15,6 +15,7 @@ from typing_extensions import Self
 from ninerank.errors import DataError
 from ninerank.metrics.accumulator import Accumulator, RowAccumulator, State
 from ninerank.metrics.intervals import Interval, check_level, normal_interval
+from ninerank.metrics.keys import distinct
 from ninerank.metrics.rows import Array, Rows, check_rows
 
 __all__ = ["AUCDifference", "AUCInterval", "auc_difference", "auc_interval"]
@@ -173,7 +174,7 @@ def _components(rows: Rows) -> tuple[float, Array]:
 def _interval(value: float, own_N: Array, label_N: Array, cluster_N: Array | None, level: float) -> Interval:
     if cluster_N is None:
         return normal_interval(value, _square_sum(own_N[label_N]) + _square_sum(own_N[~label_N]), level)
-    _, place_N = np.unique(cluster_N, return_inverse=True)
+    _, place_N = distinct(cluster_N)
     return normal_interval(value, _square_sum(np.bincount(place_N, own_N)), level)
 
 
