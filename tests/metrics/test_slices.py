@@ -56,6 +56,7 @@ def test_each_slice_is_the_metric_of_its_rows(rows: list[tuple[int, bool, int, i
     first, second = Sliced(AUC), Sliced(AUC)
     first.update(key[:cut], label[:cut], score[:cut]).merge(second.update(key[cut:], label[cut:], score[cut:]))
     assert first.value() == pytest.approx({k: auc(label[key == k], score[key == k]) for k in np.unique(key).tolist()}, nan_ok=True)
+    assert Sliced.from_state(first.state(), AUC).value() == pytest.approx(first.value(), nan_ok=True)
     within = Sliced(GAUC).update(key, label, score, None, group)
     for k, metric in within.metrics.items():
         own = key == k
@@ -77,7 +78,8 @@ def test_tasks_are_measured_where_they_have_labels() -> None:
     score = np.array([[0.1, 0.5], [0.9, 0.2], [0.5, 0.3], [0.6, 0.1]])
     weight = np.array([1.0, 2.0, 3.0, 4.0])
     found = PerTask(LogLoss, ["click", "buy"]).update(label[:2], score[:2], weight[:2])
-    found.merge(PerTask(LogLoss, ["click", "buy"]).update(label[2:], score[2:], weight[2:]))
+    rest = PerTask(LogLoss, ["click", "buy"]).update(label[2:], score[2:], weight[2:])
+    found.merge(PerTask.from_state(rest.state(), LogLoss))
     assert found.value()["click"] == pytest.approx(log_loss(label[:, 0], score[:, 0], sample_weight=weight))
     assert found.value()["buy"] == pytest.approx(logloss([0, 1], [0.2, 0.3], [2, 3]))
     assert PerTask(GAUC, ["a"]).update([[1], [0]], [[0.9], [0.1]], group_B=[1, 1]).value() == {"a": 1.0}

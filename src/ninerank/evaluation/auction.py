@@ -26,7 +26,7 @@ from typing_extensions import Self
 
 from ninerank.config import Config
 from ninerank.errors import DataError
-from ninerank.metrics.accumulator import Accumulator, State, ratio
+from ninerank.metrics.accumulator import Accumulator, State, ratio, under
 from ninerank.metrics.clusters import ClusterSums
 from ninerank.metrics.intervals import Interval
 from ninerank.metrics.rows import Array, check_groups
@@ -227,7 +227,7 @@ class AuctionReplay(Accumulator):
     def from_state(cls, state: Mapping[str, Array]) -> Self:
         rule, other = (AuctionRule.model_validate_json(str(text)) for text in state["rules"])
         metric = cls(rule, other)
-        metric._sums.merge_state({key.removeprefix("sums."): column for key, column in state.items() if key.startswith("sums.")})
+        metric._sums.merge_state(under(state, "sums."))
         metric._agree = np.array(state["agree"], np.float64)
         metric._table = dict(zip(state["advertiser"].tolist(), np.array(state["table"], np.float64), strict=True))
         return metric

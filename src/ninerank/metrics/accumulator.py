@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from ninerank.metrics.rows import Array, Rows, check_groups, check_rows
 
-__all__ = ["Accumulator", "RowAccumulator", "State", "SumAccumulator", "ratio"]
+__all__ = ["Accumulator", "RowAccumulator", "State", "SumAccumulator", "ratio", "under"]
 
 State = dict[str, Array]
 
@@ -138,3 +138,8 @@ def ratio(above: Array, below: Array) -> Array:
     """above / below, nan where below is not positive."""
     quotient: Array = np.divide(above, below, out=np.full(np.broadcast(above, below).shape, np.nan), where=below > 0)
     return quotient
+
+
+def under(state: Mapping[str, Array], prefix: str) -> State:
+    """The columns of a state whose names begin with `prefix`, without it: the state of a part."""
+    return {key.removeprefix(prefix): column for key, column in state.items() if key.startswith(prefix)}

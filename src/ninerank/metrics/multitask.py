@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from typing_extensions import Self
 
 from ninerank.errors import DataError
-from ninerank.metrics.accumulator import Accumulator, State
+from ninerank.metrics.accumulator import Accumulator, State, under
 from ninerank.metrics.calibration import PCOC
 from ninerank.metrics.likelihood import LogLoss
 from ninerank.metrics.ranking import AUC
@@ -59,6 +59,18 @@ class PerTask(Generic[Metric]):
 
     def value(self) -> dict[str, float]:
         return {task: metric.value() for task, metric in self.metrics.items()}  # type: ignore[attr-defined]
+
+    def state(self) -> State:
+        """The states of the tasks' metrics, each column under the name of its task."""
+        return {f"{task}/{key}": column for task, metric in self.metrics.items() for key, column in metric.state().items()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Array], make: Callable[[], Metric]) -> Self:
+        """The metrics whose `state()` this is; `make` makes one of them, which tells their kind."""
+        found = cls(make, list(dict.fromkeys(key.rpartition("/")[0] for key in state)))
+        for task in found.metrics:
+            found.metrics[task] = type(make()).from_state(under(state, f"{task}/"))
+        return found
 
 
 class TaskQuality(NamedTuple):
@@ -156,14 +168,10 @@ class Conversion(Accumulator):
         metric._rows = np.array(state["rows"], np.int64)
         metric._parts = [
             (
-                AUC.from_state(_under(state, f"{name}.AUC.")),
-                LogLoss.from_state(_under(state, f"{name}.LogLoss.")),
-                PCOC.from_state(_under(state, f"{name}.PCOC.")),
+                AUC.from_state(under(state, f"{name}.AUC.")),
+                LogLoss.from_state(under(state, f"{name}.LogLoss.")),
+                PCOC.from_state(under(state, f"{name}.PCOC.")),
             )
             for name in ConversionTable._fields
         ]
         return metric
-
-
-def _under(state: Mapping[str, Array], prefix: str) -> dict[str, Array]:
-    return {key.removeprefix(prefix): column for key, column in state.items() if key.startswith(prefix)}

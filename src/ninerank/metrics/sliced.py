@@ -3,7 +3,7 @@
 Shape legend: B rows of one update.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from typing_extensions import Self
 
 from ninerank.errors import DataError
-from ninerank.metrics.accumulator import Accumulator
+from ninerank.metrics.accumulator import Accumulator, under
 from ninerank.metrics.rows import Array
 
 __all__ = ["Sliced", "time_slices"]
@@ -60,6 +60,21 @@ class Sliced(Generic[Metric]):
     def value(self) -> dict[Hashable, float]:
         """The metric of each slice, by ascending value."""
         return {value: self.metrics[value].value() for value in sorted(self.metrics)}  # type: ignore[attr-defined,type-var]
+
+    def state(self) -> dict[str, Array]:
+        """The slices' values and the states of their metrics, each column under the number of its slice."""
+        found: dict[str, Array] = {"values": np.array(list(self.metrics))}
+        for number, metric in enumerate(self.metrics.values()):
+            found |= {f"{number}.{key}": column for key, column in metric.state().items()}
+        return found
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Array], make: Callable[[], Metric]) -> Self:
+        """The slicing whose `state()` this is; `make` makes one of its metrics, which tells their kind."""
+        metric, kind = cls(make), type(make())
+        for number, value in enumerate(np.asarray(state["values"]).tolist()):
+            metric.metrics[value] = kind.from_state(under(state, f"{number}."))
+        return metric
 
     def _of(self, value: Hashable) -> Metric:
         if value not in self.metrics:

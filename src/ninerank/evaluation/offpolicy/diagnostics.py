@@ -10,7 +10,7 @@ import numpy as np
 from typing_extensions import Self
 
 from ninerank.evaluation.offpolicy.feedback import Feedback
-from ninerank.metrics.accumulator import Accumulator, State
+from ninerank.metrics.accumulator import Accumulator, State, under
 from ninerank.metrics.clusters import RatioInterval
 from ninerank.metrics.intervals import Interval
 from ninerank.metrics.rows import Array
@@ -105,7 +105,7 @@ class Overlap(Accumulator):
     @classmethod
     def from_state(cls, state: Mapping[str, Array]) -> Self:
         overlap = cls()
-        overlap._mean = RatioInterval.from_state({key.removeprefix("weight."): c for key, c in state.items() if key.startswith("weight.")})
+        overlap._mean = RatioInterval.from_state(under(state, "weight."))
         overlap._sums = np.array(state["sums"], np.float64)
         overlap._largest, overlap._smallest = np.asarray(state["range"], np.float64).tolist()
         return overlap

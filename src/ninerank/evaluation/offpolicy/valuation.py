@@ -16,7 +16,7 @@ from ninerank.errors import DataError
 from ninerank.evaluation.offpolicy.diagnostics import Diagnostics, Overlap
 from ninerank.evaluation.offpolicy.estimators import ALL, Estimator
 from ninerank.evaluation.offpolicy.feedback import Feedback
-from ninerank.metrics.accumulator import Accumulator, State, ratio
+from ninerank.metrics.accumulator import Accumulator, State, ratio, under
 from ninerank.metrics.clusters import ClusterSums
 from ninerank.metrics.intervals import Interval, check_level
 from ninerank.metrics.rows import Array
@@ -114,13 +114,13 @@ class OffPolicy(Accumulator):
 
     def merge_state(self, state: Mapping[str, Array]) -> Self:
         """Take in what a valuation by the same estimators had seen."""
-        sums = {key.removeprefix("sums."): column for key, column in state.items() if key.startswith("sums.")}
+        sums = under(state, "sums.")
         if sums:
             if self._clusters is None:
                 self._begin(with_model=bool(state["model"]))
             assert self._clusters is not None
             self._clusters.merge_state(sums)
-        self._overlap.merge(Overlap.from_state({key.removeprefix("overlap."): c for key, c in state.items() if key.startswith("overlap.")}))
+        self._overlap.merge(Overlap.from_state(under(state, "overlap.")))
         return self
 
     def _begin(self, *, with_model: bool) -> None:
