@@ -12,7 +12,8 @@ import pytest
 from ninerank.cli.main import main
 from ninerank.errors import DataError, SpecError
 from ninerank.evaluation.offpolicy import estimate
-from ninerank.evaluation.offpolicy.logs import JOINED, OPEN_BANDIT, DecisionColumns, Target, lists_for, question_of, read_decisions
+from ninerank.evaluation.offpolicy.logs import JOINED, OPEN_BANDIT, DecisionColumns, read_decisions
+from ninerank.evaluation.offpolicy.targets import Target, lists_for, question_of
 
 
 def written(path: Path, seed: int, rows: int, chance: list[float]) -> Path:

@@ -47,7 +47,8 @@ def run(
     """Value a policy that did not serve, with intervals and warnings, from the log of one that did."""
     from ninerank.errors import DataError, nearest
     from ninerank.evaluation.offpolicy.estimators import DR, IPS, SNDR, SNIPS, ClippedIPS, DirectMethod, DRos, SwitchDR
-    from ninerank.evaluation.offpolicy.logs import FORMATS, DecisionColumns, Target, lists_for, question_of, read_decisions
+    from ninerank.evaluation.offpolicy.logs import FORMATS, DecisionColumns, read_decisions
+    from ninerank.evaluation.offpolicy.targets import Target, lists_for, question_of
     from ninerank.evaluation.offpolicy.valuation import OffPolicy
     from ninerank.evaluation.page import check_writable, write_text
 

@@ -13,8 +13,8 @@ from ninerank.metrics.bootstrap import Bootstrap, auc_bootstrap, bootstrap, pois
 from ninerank.metrics.bucketed import BoundedAUC, BucketedAUC, bucketed_auc
 from ninerank.metrics.calibration import PCOC, Buckets, Calibration, ScoreHistogram, calibration, ece, pcoc
 from ninerank.metrics.catalogue import ItemCounts, coverage, novelty, top_k
-from ninerank.metrics.clusters import MetricDifference, MetricInterval, RatioInterval, metric_difference, metric_interval, ratio_interval
 from ninerank.metrics.delong import AUCDifference, AUCInterval, auc_difference, auc_interval
+from ninerank.metrics.delta import MetricDifference, MetricInterval, RatioInterval, metric_difference, metric_interval, ratio_interval
 from ninerank.metrics.intervals import Interval, normal_interval
 from ninerank.metrics.likelihood import (
     CLIP,

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from typing_extensions import Self
 
 from ninerank.metrics.accumulator import Accumulator, State, SumAccumulator
-from ninerank.metrics.clusters import metric_named
+from ninerank.metrics.delta import metric_named
 from ninerank.metrics.intervals import Interval, check_level
 from ninerank.metrics.keys import distinct
 from ninerank.metrics.rows import Array, check_groups, check_rows

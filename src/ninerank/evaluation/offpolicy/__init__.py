@@ -5,7 +5,8 @@ valuation.py    all estimates of one policy, merged  diagnostics.py  effective s
 slates.py       lists: item-position, independent, cascade, reward-interaction IPS, pseudo-inverse
 rewards.py      a reward model from the log itself, cross-fitted
 position.py     position bias: from random traffic, from swaps, regression EM
-logs.py         logs with columns mapped in YAML, Open Bandit included; target policies by name
+logs.py         logs with columns mapped in YAML, joined ones and Open Bandit included
+targets.py      target policies by name, and a log put to them
 """
 
 from ninerank.evaluation.offpolicy.diagnostics import Diagnostics

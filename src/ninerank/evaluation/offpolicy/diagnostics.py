@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from ninerank.evaluation.offpolicy.feedback import Feedback
 from ninerank.metrics.accumulator import Accumulator, State, under
-from ninerank.metrics.clusters import RatioInterval
+from ninerank.metrics.delta import RatioInterval
 from ninerank.metrics.intervals import Interval
 from ninerank.metrics.rows import Array
 
