@@ -21,6 +21,11 @@ def run(
     candidates: Annotated[int, typer.Option(min=1, help="Candidates of the --example request.")] = 10,
     top_k: Annotated[int | None, typer.Option(min=0, help="Order only the best k; 0: all.")] = None,
     timeout_ms: Annotated[int | None, typer.Option(min=1, help="Give up after this many milliseconds.")] = None,
+    tls: Annotated[bool, typer.Option(help="Connect over TLS.")] = False,
+    ca: Annotated[Path | None, typer.Option(help="With --tls: PEM file of whoever signs the server's certificate.")] = None,
+    cert: Annotated[Path | None, typer.Option(help="With --tls: PEM file of this client's certificate.")] = None,
+    key: Annotated[Path | None, typer.Option(help="With --tls: PEM file of its key.")] = None,
+    token_file: Annotated[Path | None, typer.Option(help="File that holds this client's token and nothing else.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Rank one request, or print an example of one.
@@ -34,10 +39,11 @@ def run(
         return
     if target is None or request is None:
         raise RequestError("--target and --request are needed (or --example BUNDLE, which prints a request)")
-    from ninerank.predictor.client import PredictorClient
+    from ninerank.predictor.client import ClientSecurity, PredictorClient
 
     asked = _read(request)
-    with PredictorClient(target) as client:
+    token = None if token_file is None else token_file.read_text(encoding="utf-8").strip()
+    with PredictorClient(target, security=ClientSecurity(tls, ca, cert, key, token)) as client:
         result = client.rank(
             asked.user,
             asked.items,

@@ -29,6 +29,13 @@ def run(
     max_candidates: Annotated[int, typer.Option(min=1, help="Candidates that a request may have.")] = 10_000,
     max_message_mb: Annotated[int, typer.Option(min=1, max=2047, help="Size that a request may have, in MB.")] = 16,
     drain_seconds: Annotated[float, typer.Option(min=0, help="How long the end waits for requests under way.")] = 10.0,
+    admin_port: Annotated[int | None, typer.Option(min=0, max=65535, help="gRPC port of ninerank.v1.Admin. Default: none.")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="PEM file of the server's certificate: serve over TLS.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file of its key.")] = None,
+    client_ca: Annotated[Path | None, typer.Option(help="PEM file of who signs clients' certificates: let in no others (mTLS).")] = None,
+    tokens: Annotated[Path | None, typer.Option(help="Token file, one `name token [requests_per_s]` a line: let in no others.")] = None,
+    admin_tokens: Annotated[Path | None, typer.Option(help="Token file of the admin port.")] = None,
+    quota: Annotated[float | None, typer.Option(help="Requests a second of each client whose line names none.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda[:i] or npu[:i].")] = "auto",
     backend: Annotated[str, typer.Option(help="What runs the graph: auto, script, inductor, aoti, cudagraphs, npugraphs, eager.")] = "auto",
     precision: Annotated[str, typer.Option(help="fp32 or bf16: hidden layers of the graph, scores within 2e-3.")] = "fp32",
@@ -42,6 +49,15 @@ def run(
             "host": host,
             "port": port,
             "metrics_port": metrics_port,
+            "admin_port": admin_port,
+            "security": {
+                "certificate": tls_cert,
+                "key": tls_key,
+                "client_ca": client_ca,
+                "tokens": tokens,
+                "admin_tokens": admin_tokens,
+                "requests_per_s": quota,
+            },
             "device": device,
             "backend": backend,
             "precision": precision,
@@ -68,5 +84,7 @@ def _announce(ready: "Announcement") -> None:
     print(f"serving {ready.model_name} {ready.model_version} on {ready.device} at {ready.host}:{ready.port}", flush=True)
     if ready.cache_entities is not None:
         print(f"feature cache: {ready.cache_entities:,} items by {ready.cache_key}", flush=True)
+    if ready.admin_port is not None:
+        print(f"admin at {ready.host}:{ready.admin_port}", flush=True)
     if ready.metrics_port is not None:
         print(f"metrics at http://{ready.host}:{ready.metrics_port}/metrics", flush=True)

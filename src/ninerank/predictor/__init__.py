@@ -7,8 +7,9 @@
     host.py                          which model version answers: leases, so that versions can come and go under load
     call.py admission.py dispatch.py the bounded queue before the models, and what computes what it lets through
     front.py status.py               calls as bytes, through queue and host; what a caller is told of a failure
-    server.py client.py              gRPC around it
+    routes.py grpcport.py server.py client.py   gRPC around it
+    security.py tls.py admin.py      who may call; what changes a server while it serves
     serving.py supervisor.py worker.py control.py   one process or several on a port, and who replaces those that die
 
-Training and what lies below it never import this room; grpc is imported by `server` and `client` alone.
+Training and what lies below it never import this room; grpc is imported by `routes`, `grpcport`, `tls` and the clients alone.
 """

@@ -7,7 +7,7 @@ __all__ = ["Announcement"]
 
 @dataclass(frozen=True)
 class Announcement:
-    """port: of gRPC. metrics_port: None without /metrics. cache_entities, cache_key: None without a feature cache."""
+    """port: of gRPC. metrics_port, admin_port: None without these. cache_entities, cache_key: None without a feature cache."""
 
     model_name: str
     model_version: str
@@ -15,5 +15,6 @@ class Announcement:
     host: str
     port: int
     metrics_port: int | None = None
+    admin_port: int | None = None
     cache_entities: int | None = None
     cache_key: str | None = None

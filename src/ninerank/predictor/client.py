@@ -4,9 +4,10 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import grpc
 import numpy as np
@@ -14,12 +15,13 @@ import numpy.typing as npt
 import pyarrow as pa
 from typing_extensions import Self
 
-from ninerank.errors import DeadlineError, NinerankError, OverloadError, RequestError
+from ninerank.errors import DeadlineError, NinerankError, OverloadError, RequestError, nearest
+from ninerank.predictor.tls import channel_credentials
 from ninerank.predictor.wire import encode_column
 from ninerank.proto.v1 import predictor_pb2 as pb
 from ninerank.proto.v1.predictor_pb2_grpc import PredictorStub
 
-__all__ = ["Defaults", "PredictorClient", "RankResult", "build_request"]
+__all__ = ["ClientSecurity", "Defaults", "PredictorClient", "RankResult", "build_request", "failure", "open_channel", "token_metadata"]
 
 DEFAULT_TIMEOUT_MS = 5_000
 MAX_MESSAGE_BYTES = 64 << 20
@@ -50,6 +52,8 @@ _ERRORS: dict[grpc.StatusCode, type[NinerankError]] = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadError,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
 }
+_PRIORITIES = {"normal": pb.PRIORITY_NORMAL, "high": pb.PRIORITY_HIGH, "low": pb.PRIORITY_LOW}
+Priority: TypeAlias = Literal["normal", "high", "low"]
 Column: TypeAlias = Sequence[Any] | npt.NDArray[Any] | pa.Array
 Items: TypeAlias = Mapping[str, Column] | Sequence[Mapping[str, Any]]
 
@@ -70,7 +74,8 @@ class Defaults:
 class RankResult:
     """scores: float32 (N,), one a candidate in the order sent. order: indices, best first, at most top_k.
 
-    tasks: scores by task, of models with several. timings_us: by stage, on the server.
+    tasks: scores by task, of models with several. timings_us: by stage, on the server. explanations: of the best candidates, by index,
+    what each feature does to the score, if it was asked for.
     """
 
     scores: npt.NDArray[np.float32]
@@ -81,6 +86,33 @@ class RankResult:
     tasks: Mapping[str, npt.NDArray[np.float32]]
     timings_us: Mapping[str, int]
     defaults_used: Defaults
+    explanations: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ClientSecurity:
+    """How a client shows who it is. tls: encrypt, and have the server show a certificate that `ca` (None: this machine's own) signed.
+
+    certificate, key: PEM files of the client's own certificate. token: of the server's token file.
+    """
+
+    tls: bool = False
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    token: str | None = field(default=None, repr=False)
+
+
+def open_channel(target: str, options: Sequence[tuple[str, Any]], security: ClientSecurity | None) -> grpc.Channel:
+    """A channel in the clear, or over TLS."""
+    if security is None or not security.tls:
+        return grpc.insecure_channel(target, options=options)
+    return grpc.secure_channel(target, channel_credentials(security.ca, security.certificate, security.key), options=options)
+
+
+def token_metadata(security: ClientSecurity | None) -> tuple[tuple[str, str], ...]:
+    """What a call carries so that it is let in."""
+    return () if security is None or security.token is None else (("authorization", f"Bearer {security.token}"),)
 
 
 class PredictorClient:
@@ -95,7 +127,13 @@ class PredictorClient:
     """
 
     def __init__(
-        self, target: str, *, timeout_ms: int = DEFAULT_TIMEOUT_MS, max_message_bytes: int = MAX_MESSAGE_BYTES, connections: int = 1
+        self,
+        target: str,
+        *,
+        timeout_ms: int = DEFAULT_TIMEOUT_MS,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        connections: int = 1,
+        security: ClientSecurity | None = None,
     ) -> None:
         self.target = target
         self._timeout_ms = timeout_ms
@@ -105,7 +143,8 @@ class PredictorClient:
             ("grpc.service_config", _RETRIES),
             ("grpc.use_local_subchannel_pool", 1),  # channels to one address would share a connection
         ]
-        self._channels = [grpc.insecure_channel(target, options=options) for _ in range(max(connections, 1))]
+        self._channels = [open_channel(target, options, security) for _ in range(max(connections, 1))]
+        self._metadata = token_metadata(security)
         self._stubs = itertools.cycle([PredictorStub(channel) for channel in self._channels])  # type: ignore[no-untyped-call]
 
     def rank(
@@ -120,12 +159,18 @@ class PredictorClient:
         model_name: str = "",
         model_version: str = "",
         propensities: Sequence[float] | npt.NDArray[np.float64] | None = None,
+        tasks: Sequence[str] = (),
+        explain_top: int = 0,
+        priority: Priority = "normal",
+        session: str = "",
     ) -> RankResult:
         """Score and order candidates for one user.
 
         user: one value a column (a list for features with many values). items: columns of N values, or N mappings. ids: N candidate
         ids, to be looked up by the server. At least one of items and ids is needed. timeout_ms: instead of the client's.
-        propensities: chance with which each candidate is shown, for the request log alone.
+        propensities: chance with which each candidate is shown, for the request log alone. tasks: those wanted, the first of which
+        orders. explain_top: explain so many of the best candidates. priority: who goes first where requests wait. session: what
+        traffic is split between versions by.
 
         Raises RequestError for what the server refuses, DeadlineError when time ran out, OverloadError where the server takes no
         more, NinerankError where it cannot be reached or failed.
@@ -134,12 +179,47 @@ class PredictorClient:
         request.request_id, request.model_name, request.model_version = request_id, model_name, model_version
         if propensities is not None:
             request.propensities.extend(propensities)
+        request.tasks.extend(tasks)
+        request.explain_top, request.session = explain_top, session
+        request.priority = _priority(priority)
+        response: pb.RankResponse = self._call("Rank", request, timeout_ms)
+        return _result(response)
+
+    def score(
+        self,
+        rows: Items | pa.RecordBatch,
+        *,
+        timeout_ms: int | None = None,
+        request_id: str = "",
+        model_name: str = "",
+        model_version: str = "",
+        tasks: Sequence[str] = (),
+        priority: Priority = "normal",
+    ) -> Mapping[str, npt.NDArray[np.float32]]:
+        """Scores by task of rows that hold user and item features side by side; errors as of `rank`."""
+        given = dict(zip(rows.schema.names, rows.columns, strict=True)) if isinstance(rows, pa.RecordBatch) else rows
+        columns = _columns(given)
+        lengths = {len(array) for array in columns.values()}
+        if len(lengths) != 1:
+            raise RequestError(f"rows need columns of one length, these have {', '.join(map(str, sorted(lengths))) or 'none'}")
+        request = pb.ScoreRequest(request_id=request_id, model_name=model_name, model_version=model_version, num_rows=lengths.pop())
+        request.features.extend(encode_column(name, array) for name, array in columns.items())
+        request.tasks.extend(tasks)
+        request.priority = _priority(priority)
+        response: pb.ScoreResponse = self._call("Score", request, timeout_ms)
+        return {task.name: np.array(task.scores, np.float32) for task in response.tasks}
+
+    def models(self) -> list[pb.ModelVersion]:
+        """Versions that are loading, ready, draining or were refused."""
+        response: pb.ModelStatusResponse = self._call("ModelStatus", pb.ModelStatusRequest(), None)
+        return list(response.models)
+
+    def _call(self, method: str, request: Any, timeout_ms: int | None) -> Any:
         timeout_s = (timeout_ms or self._timeout_ms) / 1000
         try:
-            response: pb.RankResponse = next(self._stubs).Rank(request, timeout=timeout_s)
+            return getattr(next(self._stubs), method)(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
-            raise _explain(error, self.target, timeout_s) from None
-        return _result(response)
+            raise failure(error, self.target, timeout_s) from None
 
     def close(self) -> None:
         """Close the channels; calls under way fail."""
@@ -151,6 +231,13 @@ class PredictorClient:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _priority(name: str) -> pb.Priority:
+    found = _PRIORITIES.get(name)
+    if found is None:
+        raise RequestError(f"priority {name!r}; {nearest(name, _PRIORITIES)}")
+    return found
 
 
 def build_request(
@@ -223,19 +310,33 @@ def _result(response: pb.RankResponse) -> RankResult:
         tasks={task.name: np.array(task.scores, np.float32) for task in response.tasks},
         timings_us={field.name.removesuffix("_us"): getattr(timings, field.name) for field in timings.DESCRIPTOR.fields},
         defaults_used=Defaults(tuple(defaults.user_columns), tuple(defaults.item_columns), tuple(defaults.unknown_candidates)),
+        explanations=_explanations(response.explanations),
     )
 
 
-def _explain(error: grpc.RpcError, target: str, timeout_s: float) -> NinerankError:
+def _explanations(message: pb.Explanations) -> dict[int, dict[str, float]]:
+    rows = np.array(message.contributions, np.float32).reshape(len(message.candidates), len(message.features))
+    return {index: dict(zip(message.features, row.tolist(), strict=True)) for index, row in zip(message.candidates, rows, strict=True)}
+
+
+def failure(error: grpc.RpcError, target: str, timeout_s: float) -> NinerankError:
+    """The error that a failed call is to whoever made it."""
     status, details = error.code(), error.details() or ""
     if status is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineError(f"no answer from {target} within {timeout_s * 1000:g} ms ({details}); give a longer timeout_ms")
+    if status in {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED}:
+        return NinerankError(f"{target} does not let this client in: {details}")
     if status is grpc.StatusCode.UNAVAILABLE:
         return NinerankError(f"no server answers at {target} ({details})")
     found = _TOO_LARGE.search(details)
     if found is not None:
         return OverloadError(_too_large(found))
-    return _ERRORS.get(status, NinerankError)(details or status.name)
+    kind = _ERRORS.get(status, NinerankError)
+    if kind is OverloadError:
+        trailing: Any = error.trailing_metadata() or ()
+        found_ms = [int(value) for key, value in trailing if key == "grpc-retry-pushback-ms"]
+        return OverloadError(details, found_ms[0] if found_ms else None)
+    return kind(details or status.name)
 
 
 def _too_large(found: "re.Match[str]") -> str:

@@ -4,12 +4,14 @@ gRPC's asyncio side has one poller a process; loops of several threads would wak
 """
 
 import asyncio
+import atexit
 import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 __all__ = ["event_loop", "on_loop"]
 
+END_S = 5.0
 T = TypeVar("T")
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
@@ -21,8 +23,16 @@ def event_loop() -> asyncio.AbstractEventLoop:
     with _lock:
         if _loop is None:
             _loop = asyncio.new_event_loop()
-            threading.Thread(target=_loop.run_forever, name="event-loop", daemon=True).start()
+            thread = threading.Thread(target=_loop.run_forever, name="event-loop", daemon=True)
+            thread.start()
+            # gRPC takes its files apart as the interpreter ends: the loop must not listen to them any more.
+            atexit.register(_end, _loop, thread)
         return _loop
+
+
+def _end(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(END_S)
 
 
 def on_loop(work: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:

@@ -18,7 +18,7 @@ from ninerank.predictor.host import ModelHost, ModelState
 from ninerank.predictor.request import check_num_candidates
 from ninerank.proto.v1 import predictor_pb2 as pb
 
-__all__ = ["Front", "model_message"]
+__all__ = ["Front", "message_of", "model_message"]
 
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 _PRIORITIES = {pb.PRIORITY_NORMAL: NORMAL, pb.PRIORITY_HIGH: HIGH, pb.PRIORITY_LOW: LOW}
@@ -53,7 +53,7 @@ class Front:
 
     async def model_status(self, data: bytes, call: Call) -> bytes:
         """ModelStatusResponse to a ModelStatusRequest."""
-        request = _message(pb.ModelStatusRequest, data)
+        request = message_of(pb.ModelStatusRequest, data)
         models = [
             model_message(state)
             for state in self.host.models()
@@ -78,7 +78,7 @@ class Front:
             raise OverloadError(
                 f"{size}: send fewer candidates or ids alone; `ninerank serve --max-message-mb` raises what the server takes"
             )
-        request: Any = _message(kind, data)
+        request: Any = message_of(kind, data)
         if request.request_id:
             if not _REQUEST_ID.fullmatch(request.request_id):
                 raise RequestError("request_id must be 1 to 128 printable ASCII characters without spaces")
@@ -92,7 +92,8 @@ class Front:
         return request
 
 
-def _message(kind: type[M], data: bytes) -> M:
+def message_of(kind: type[M], data: bytes) -> M:
+    """The message; raises RequestError for bytes that are none."""
     try:
         return kind.FromString(data)
     except DecodeError:

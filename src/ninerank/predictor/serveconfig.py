@@ -8,6 +8,7 @@ from pydantic import Field
 from ninerank.config import Config
 from ninerank.predictor.request import MAX_CANDIDATES
 from ninerank.predictor.requestlog import LogConfig
+from ninerank.predictor.security import SecurityConfig
 
 __all__ = ["MAX_GRPC_BYTES", "ServeConfig"]
 
@@ -23,6 +24,7 @@ class ServeConfig(Config):
     waited for.
     max_pending: requests taken in at once, those being computed among them; the next one is answered RESOURCE_EXHAUSTED. drain_s: how
     long the end waits for requests under way.
+    admin_port: port of `ninerank.v1.Admin`; security: who may call either port.
     item_key: column that candidate ids stand for, in the items file too (default: the item id of which the spec has sequences, else
     `item_id` or `item`).
     """
@@ -31,6 +33,8 @@ class ServeConfig(Config):
     port: int = Field(default=50051, ge=0, le=65535)
     reuse_port: bool = False
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    admin_port: int | None = Field(default=None, ge=0, le=65535)
+    security: SecurityConfig = SecurityConfig()
     device: str = "auto"
     backend: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -1,50 +1,31 @@
-"""The gRPC server around the `Front`: routes, statuses, limits, health, reflection, metrics and a graceful end."""
+"""A bundle, all that is around it, and the ports at which it answers."""
 
-import asyncio
-import time
-from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
 
-import grpc
 import torch
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from ninerank.errors import DataError, DeviceError, nearest
+from ninerank.predictor.admin import admin_port, admin_service
 from ninerank.predictor.admission import AdmissionQueue
 from ninerank.predictor.announcement import Announcement
 from ninerank.predictor.cache import FeatureCache, load_items
-from ninerank.predictor.call import Call, new_request_id
 from ninerank.predictor.dispatch import Dispatcher
 from ninerank.predictor.engine import Engine
 from ninerank.predictor.eventloop import event_loop, on_loop
 from ninerank.predictor.front import Front
+from ninerank.predictor.grpcport import GrpcPort, Service
 from ninerank.predictor.host import SingleModel
 from ninerank.predictor.requestlog import RequestLog
-from ninerank.predictor.serveconfig import MAX_GRPC_BYTES, ServeConfig
+from ninerank.predictor.security import Guard, TokenFile
+from ninerank.predictor.serveconfig import ServeConfig
 from ninerank.predictor.service import RankService, default_item_key
-from ninerank.predictor.status import refusal
 from ninerank.predictor.telemetry import Telemetry
+from ninerank.predictor.tls import server_credentials
 from ninerank.proto.v1 import predictor_pb2 as pb
 
 __all__ = ["PredictorServer"]
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Predictor"].full_name
-REQUEST_ID_KEY = "ninerank-request-id"
-RETRY_AFTER_KEY = "grpc-retry-pushback-ms"
-"""gRPC's own name for it: a client with a retry policy keeps to it without being told."""
-HEADROOM = 2
-OPTIONS = (
-    # A client that died without a word is noticed within a minute; one that pings more often than every 5 s is told to stop.
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    # Compressed messages are refused: they cost more time than they save within a data centre, and a few bytes may become gigabytes.
-    ("grpc.compression_enabled_algorithms_bitset", 1),
-)
-Method: TypeAlias = Callable[[bytes, Call], Awaitable[bytes]]
 
 
 class PredictorServer:
@@ -75,116 +56,72 @@ class PredictorServer:
             max_message_bytes=config.max_message_bytes,
             max_candidates=config.max_candidates,
         )
-        on_loop(self._build())
+        self._ports: list[GrpcPort] = on_loop(self._build())
 
     def start(self) -> Announcement:
         """Listen and answer; raises DeviceError where a port cannot be had."""
-        metrics = None
-        host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host  # IPv6
-        address = f"{host}:{self.config.port}"
-        wanted = f"metrics port {self.config.metrics_port} of {host}"
+        config, metrics = self.config, None
         try:
-            if self.config.metrics_port is not None:
-                metrics = self.telemetry.listen(self.config.host, self.config.metrics_port)
-            wanted = address
-            port = on_loop(self._listen(address))
-        except (OSError, RuntimeError) as error:
+            if config.metrics_port is not None:
+                metrics = self._listen_metrics(config.metrics_port)
+            wanted = [config.port] if config.admin_port is None else [config.port, config.admin_port]
+            taken = [on_loop(port.listen(config.host, number)) for port, number in zip(self._ports, wanted, strict=True)]
+        except DeviceError:
             self.stop(0)
-            raise DeviceError(f"cannot listen on {wanted}: it is in use or no address of this machine; port 0 takes a free one") from error
+            raise
         manifest, cache = self.engine.manifest, self.cache
         return Announcement(
             manifest.model_name,
             manifest.model_version,
             self.engine.device.name,
-            self.config.host,
-            port,
+            config.host,
+            taken[0],
             metrics,
+            None if config.admin_port is None else taken[1],
             None if cache is None else cache.stats().entities,
             None if cache is None else cache.key,
         )
 
     def stop(self, grace_s: float | None = None) -> None:
         """Refuse new requests, give those under way `grace_s` (default: drain_s) seconds, write the log."""
-        on_loop(self._end(self.config.drain_s if grace_s is None else grace_s))
+        for port in self._ports:
+            on_loop(port.close(self.config.drain_s if grace_s is None else grace_s))
         self.front.dispatcher.close()
         self.host.close()
         if self.log is not None:
             self.log.close()
         self.telemetry.close()
 
-    async def _build(self) -> None:
-        limit = self.config.max_message_bytes
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
-        self._server = grpc.aio.server(
-            options=[
-                # Up to here a request is refused by the front, which counts it; gRPC refuses what is larger still unheard.
-                ("grpc.max_receive_message_length", min(HEADROOM * limit, MAX_GRPC_BYTES)),
-                ("grpc.max_send_message_length", limit),
-                ("grpc.so_reuseport", int(self.config.reuse_port)),
-                *OPTIONS,
-            ],
-        )
-        methods = {"Rank": self.front.rank, "Score": self.front.score, "ModelStatus": self.front.model_status}
-        self._server.add_generic_rpc_handlers((_Routes(SERVICE, methods, self.telemetry),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+    async def _build(self) -> list[GrpcPort]:
+        config, front = self.config, self.front
+        methods = {"Rank": front.rank, "Score": front.score, "ModelStatus": front.model_status}
+        ports = [
+            GrpcPort(
+                [Service(SERVICE, methods, {"RankStream": front.rank})],
+                self.telemetry,
+                max_message_bytes=config.max_message_bytes,
+                guard=_guard(config),
+                credentials=server_credentials(config.security),
+                reuse_port=config.reuse_port,
+            )
+        ]
+        if config.admin_port is not None:
+            ports.append(admin_port(admin_service(self.host.load, self.host.unload), config, self.telemetry.registry))
+        return ports
 
-    async def _listen(self, address: str) -> int:
-        port = self._server.add_insecure_port(address)
-        await self._server.start()
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
-        return port
-
-    async def _end(self, grace_s: float) -> None:
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        await self._server.stop(grace_s)
-
-    async def _set_health(self, status: Any) -> None:
-        for name in ("", SERVICE):
-            await self._health.set(name, status)
+    def _listen_metrics(self, port: int) -> int:
+        try:
+            return self.telemetry.listen(self.config.host, port)
+        except OSError as error:
+            where = f"metrics port {port} of {self.config.host}"
+            raise DeviceError(f"cannot listen on {where}: it is in use or no address of this machine; port 0 takes a free one") from error
 
 
-class _Routes(grpc.GenericRpcHandler):  # type: ignore[type-arg]
-    """Methods of one service, each from bytes to bytes, so that a message that is none is answered as a wrong request."""
-
-    def __init__(self, service: str, methods: Mapping[str, Method], telemetry: Telemetry) -> None:
-        self._telemetry = telemetry
-        self._handlers = {
-            f"/{service}/{name}": grpc.unary_unary_rpc_method_handler(self._answer(method)) for name, method in methods.items()
-        }
-
-    def service(self, details: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[Any, Any] | None":
-        """Handler of a call; counts those too that gRPC refuses itself, since the message is far too large."""
-        handler = self._handlers.get(details.method)
-        if handler is not None:
-            self._telemetry.calls.inc()
-        return handler
-
-    def _answer(self, method: Method) -> Callable[[bytes, Any], Awaitable[bytes]]:
-        requests = self._telemetry.requests
-        ok = requests.labels(grpc.StatusCode.OK.name)
-
-        async def answer(data: bytes, context: Any) -> bytes:
-            arrived_ns = time.perf_counter_ns()
-            left_s = context.time_remaining()
-            call = Call(arrived_ns, None if left_s is None else arrived_ns + int(left_s * 1e9), new_request_id())
-            try:
-                made = await method(data, call)
-            except asyncio.CancelledError:  # the client left
-                requests.labels(grpc.StatusCode.CANCELLED.name).inc()
-                raise
-            except Exception as error:  # noqa: BLE001 - whatever it is, the server goes on
-                told = refusal(error, call.request_id)
-                requests.labels(told.status).inc()
-                trailing = [(REQUEST_ID_KEY, call.request_id)]
-                if told.retry_after_ms is not None:
-                    trailing.append((RETRY_AFTER_KEY, str(told.retry_after_ms)))
-                await context.abort(grpc.StatusCode[told.status], told.message, tuple(trailing))
-                raise AssertionError("abort raises") from None
-            ok.inc()
-            return made
-
-        return answer
+def _guard(config: ServeConfig) -> Guard | None:
+    security = config.security
+    if security.tokens is None and security.client_ca is None:
+        return None
+    return Guard(None if security.tokens is None else TokenFile(security.tokens), security.requests_per_s)
 
 
 def _items(engine: Engine, config: ServeConfig) -> FeatureCache | None:

@@ -11,7 +11,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from ninerank.errors import DeviceError
+from ninerank.predictor.admin import admin_port, admin_service
 from ninerank.predictor.announcement import Announcement
+from ninerank.predictor.eventloop import on_loop
+from ninerank.predictor.grpcport import GrpcPort
 from ninerank.predictor.serveconfig import ServeConfig
 from ninerank.predictor.server import PredictorServer
 from ninerank.predictor.signals import until_signal, wait
@@ -36,12 +39,15 @@ def _serve_one(bundle_dir: str | Path, config: ServeConfig, ready: Callable[[Ann
 
 def _serve_several(bundle_dir: str | Path, config: ServeConfig, ready: Callable[[Announcement], None], done: threading.Event) -> None:
     supervisor = Supervisor(bundle_dir, config)
-    http = None
+    registry = CollectorRegistry()
+    registry.register(_Workers(supervisor))
+    admin = http = None
     try:
         announcement = supervisor.start()
+        if config.admin_port is not None:
+            admin = on_loop(_admin_port(supervisor, config, registry))
+            announcement = replace(announcement, admin_port=on_loop(admin.listen(config.host, config.admin_port)))
         if config.metrics_port is not None:
-            registry = CollectorRegistry()
-            registry.register(_Workers(supervisor))
             try:
                 http, _ = start_http_server(config.metrics_port, addr=config.host, registry=registry)
             except OSError as error:
@@ -53,7 +59,13 @@ def _serve_several(bundle_dir: str | Path, config: ServeConfig, ready: Callable[
         if http is not None:
             http.shutdown()
             http.server_close()
+        if admin is not None:
+            on_loop(admin.close(0))
         supervisor.stop()
+
+
+async def _admin_port(supervisor: Supervisor, config: ServeConfig, registry: CollectorRegistry) -> GrpcPort:
+    return admin_port(admin_service(supervisor.load, supervisor.unload), config, registry)
 
 
 class _Workers(Collector):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from ninerank.errors import BundleError, DeadlineError, NinerankError, OverloadError, RequestError
 from ninerank.predictor.host import NoAdminError, UnknownModelError
+from ninerank.predictor.security import UnauthenticatedError
 
 __all__ = ["Refusal", "refusal"]
 
@@ -17,6 +18,7 @@ _STATUS: tuple[tuple[type[NinerankError], str], ...] = (
     (RequestError, "INVALID_ARGUMENT"),
     (DeadlineError, "DEADLINE_EXCEEDED"),
     (OverloadError, "RESOURCE_EXHAUSTED"),
+    (UnauthenticatedError, "UNAUTHENTICATED"),
     (NoAdminError, "FAILED_PRECONDITION"),
     (BundleError, "FAILED_PRECONDITION"),
 )

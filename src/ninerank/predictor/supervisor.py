@@ -21,6 +21,7 @@ from typing import Any
 from ninerank.errors import DeviceError, NinerankError
 from ninerank.predictor.announcement import Announcement
 from ninerank.predictor.control import Caller, error_of
+from ninerank.predictor.host import ModelState
 from ninerank.predictor.serveconfig import ServeConfig
 
 __all__ = ["Supervisor"]
@@ -60,7 +61,7 @@ class Supervisor:
     def start(self) -> Announcement:
         """Start the workers; raises DeviceError where the port cannot be had, and whatever keeps a worker from serving."""
         self._port_holder, port = hold_port(self._config.host, self._config.port)
-        self._config = self._config.model_copy(update={"port": port, "reuse_port": True, "metrics_port": None})
+        self._config = self._config.model_copy(update={"port": port, "reuse_port": True, "metrics_port": None, "admin_port": None})
         try:
             for place in range(self._config.processes):
                 self._begin(place)
@@ -99,6 +100,21 @@ class Supervisor:
         if told:
             raise told[0]
         return answers
+
+    def load(self, name: str, version: str) -> ModelState:
+        """Have every worker load a model version; see ModelHost."""
+        return self._change("load", name, version)
+
+    def unload(self, name: str, version: str) -> ModelState:
+        """Have every worker take a model version out of service; see ModelHost."""
+        return self._change("unload", name, version)
+
+    def _change(self, verb: str, name: str, version: str) -> ModelState:
+        states = self.call(verb, timeout_s=START_S, name=name, version=version)
+        if not states:
+            raise NinerankError(f"no worker process answered {verb!r}")
+        facts = next(iter(states.values()))
+        return ModelState(**{**facts, "tasks": tuple(facts["tasks"])})
 
     def stop(self, grace_s: float | None = None) -> None:
         """End the workers: no new requests, those under way get `grace_s` (default: drain_s) seconds."""

@@ -48,6 +48,14 @@ class Telemetry:
         self.registry.register(_Held(manifest, cache, request_log))
         self._http: tuple[WSGIServer, threading.Thread] | None = None
 
+    def arrived(self) -> None:
+        """A call came in."""
+        self.calls.inc()
+
+    def answered(self, status: str) -> None:
+        """A call, or a request of a stream, ended with that gRPC status."""
+        self.requests.labels(status).inc()
+
     def observe_stages(self, times_us: dict[str, int]) -> None:
         """Record microseconds by stage name (one of STAGES)."""
         for stage, value in times_us.items():
