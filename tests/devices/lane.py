@@ -125,7 +125,10 @@ def _npu(lane: Lane) -> None:
 
 
 def _cuda(lane: Lane) -> None:
+    from inductor import kernels_of
     from kernels import all_kernels, cubin, unseen_kernels
+
+    from ninerank.towers.registry import model_names
 
     launches = _traced(lane, "cuda")
     lane.check("cubin", "every kernel has a specimen", lambda: _none(unseen_kernels("cuda")))
@@ -135,6 +138,8 @@ def _cuda(lane: Lane) -> None:
             return ", ".join(f"sm_{capability} {cubin(specimen, capability)}" for capability in CAPABILITIES)
 
         lane.check("cubin", specimen.name, compiled)
+    for name in model_names():
+        lane.check("inductor", name, lambda name=name: kernels_of(name))
     for name in ("CopiesToTheHost", "ReadsAValue", "MixesDevices"):
         lane.check("planted", name, lambda name=name: _found("cuda", name))
 

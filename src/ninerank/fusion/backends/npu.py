@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from ninerank.fusion.backends.copies import own_copy
 from ninerank.fusion.backends.gates import fuse_gates
 
-__all__ = ["fuse_attention", "prepare", "record"]
+__all__ = ["fuse_attention", "prepare", "record", "tupled"]
 
 aten = torch.ops.aten
 
@@ -34,7 +34,7 @@ def record(module: fx.GraphModule, example: tuple[Tensor, ...]) -> Callable[...,
     """What runs `module` on inputs shaped like `example`, which lie on the device."""
     npugraph_ex: Any = import_module("npugraph_ex")  # torch_npu makes it importable
     backend = npugraph_ex.get_npu_backend(compiler_config=npugraph_ex.CompilerConfig())
-    run = backend(_tupled(module), list(example))
+    run = backend(tupled(module), list(example))
 
     def call(*inputs: Tensor) -> Tensor:
         (out,) = run(*inputs)
@@ -92,7 +92,7 @@ def _heads(node: Any) -> int | None:
     return int(sizes[0]) if len(sizes) == 2 and all(isinstance(size, int) for size in sizes) else None
 
 
-def _tupled(module: fx.GraphModule) -> fx.GraphModule:
+def tupled(module: fx.GraphModule) -> fx.GraphModule:
     """The same graph with a tuple of one as its result, as torch's compilers take it."""
     graph = fx.Graph()
     result = graph.graph_copy(module.graph, {})
