@@ -24,9 +24,8 @@ from torch import Tensor
 
 from harness import Result, Timing, interleave
 from ninerank.fusion.kernels import storage
-from ninerank.fusion.kernels.embedding_rows import embedding_rows
 from ninerank.fusion.kernels.embedding_update import FTRL, SGD, Adagrad, Adam, RowOptimizer, RowwiseAdagrad
-from ninerank.fusion.lookup import LookupGrad, pooled
+from ninerank.fusion.lookup import LookupGrad, looked_up
 
 NUM_TABLES, NUM_ROWS, BATCH_SIZE = 26, 100_000, 4096
 LEARNING_RATE, EPS = 0.01, 1e-8
@@ -88,8 +87,7 @@ class Ours:
         self.offsets = None if case.pooling == 1 else case.offsets()
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows = embedding_rows(ids, self.offsets, self.first_row, self.num_rows, None, self.weight.shape[0])
-        return pooled(self.weight, rows, self.offsets, NUM_TABLES, on_grad=self.update)
+        return looked_up(self.weight, ids, self.offsets, self.first_row, self.num_rows, on_grad=self.update)
 
     def update(self, grad: LookupGrad) -> None:
         grad.apply(self.weight, self.state, self.first_row, self.lr, self.optimizer)

@@ -1,12 +1,27 @@
 """Shares run on several threads, from several callers, and pass on what goes wrong."""
 
 import os
+import subprocess
+import sys
 import threading
+import time
 
+import numpy as np
 import pytest
 import torch
+from numba.core.errors import TypingError
 
 from ninerank.fusion.kernels import threads
+from ninerank.fusion.kernels.jit import jit_shares
+
+
+@jit_shares()
+def weigh(share, num_shares, numbers):
+    """A share's part of the numbers' sum."""
+    total = 0
+    for n in range(numbers.size * share // num_shares, numbers.size * (share + 1) // num_shares):
+        total += numbers[n]
+    return total
 
 
 def test_results_are_in_the_order_of_shares() -> None:
@@ -41,3 +56,92 @@ def test_an_error_in_a_share_reaches_the_caller(bad: int) -> None:
 def test_small_work_stays_on_one_thread() -> None:
     assert threads.num_threads_for(1000) == 1
     assert threads.num_threads_for(1 << 40) == torch.get_num_threads()
+
+
+def test_a_caller_takes_the_shares_of_helpers_that_do_not_come() -> None:
+    """Both helpers' time is taken by a share that ends when another caller's work has."""
+    may_end, held = threading.Event(), threading.Event()
+
+    def hold(thread: int, of: int) -> int:
+        held.set()
+        assert may_end.wait(30)
+        return thread
+
+    count = (os.cpu_count() or 1) + 1
+    busy = threading.Thread(target=lambda: threads.run(hold, count))
+    busy.start()
+    assert held.wait(30)
+    try:
+        assert threads.run(lambda thread, of: thread, 3) == [0, 1, 2]
+        numbers = np.arange(1000)
+        assert threads.run_shares(weigh, 3, 7, numbers).sum() == numbers.sum()
+    finally:
+        may_end.set()
+        busy.join()
+
+
+@pytest.mark.parametrize(("num_threads", "num_shares"), [(1, 1), (1, 5), (2, 1), (2, 64), (9, 4), (3, 1000)])
+def test_compiled_shares_are_each_taken_once(num_threads: int, num_shares: int) -> None:
+    numbers = np.arange(5000)
+    expected = [part.sum() for part in np.split(numbers, [5000 * share // num_shares for share in range(1, num_shares)])]
+    for _ in range(20):
+        assert threads.run_shares(weigh, num_threads, num_shares, numbers).tolist() == expected
+
+
+def test_many_callers_of_compiled_shares() -> None:
+    wrong: list[int] = []
+
+    def call(seed: int) -> None:
+        numbers = np.random.default_rng(seed).integers(0, 100, 100_000)
+        for _ in range(30):
+            if threads.run_shares(weigh, 2, 16, numbers).sum() != numbers.sum():
+                wrong.append(seed)
+
+    callers = [threading.Thread(target=call, args=(seed,)) for seed in range(8)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert wrong == []
+
+
+def test_wrong_arguments_of_compiled_shares_reach_the_caller() -> None:
+    with pytest.raises(TypingError):
+        threads.run_shares(weigh, 2, 4, "no numbers")
+
+
+def test_arrays_are_let_go_when_the_call_is_over() -> None:
+    """Even where no helper came to take its part."""
+    numbers = np.arange(100_000)
+    before = sys.getrefcount(numbers)
+    threads.run_shares(weigh, 2, 8, numbers)
+    deadline = time.monotonic() + 30
+    while sys.getrefcount(numbers) > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert sys.getrefcount(numbers) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_and_the_end_of_the_process() -> None:
+    """A child has helpers of its own, and a process ends while its helpers wait, or work for a thread that nobody joins."""
+    source = """
+import os, threading, time, warnings
+from ninerank.fusion.kernels import threads
+
+warnings.simplefilter("ignore")
+assert threads.run(lambda thread, of: thread, 3) == [0, 1, 2]
+child = os.fork()
+if child == 0:
+    assert threads.run(lambda thread, of: thread, 3) == [0, 1, 2]
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+def forever():
+    while True:
+        threads.run(lambda thread, of: thread, 3)
+
+threading.Thread(target=forever, daemon=True).start()
+time.sleep(0.05)
+"""
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,8 +1,8 @@
 """Lookups whose gradient goes to a fused optimizer and not into a dense tensor as large as the tables.
 
-`pooled` and `sequence` look rows up as `embedding_bag` and `embedding_sequence` do. Where gradients are recorded and the
-storage requires them, the backward pass hands a `LookupGrad` to `on_grad` and leaves `weight.grad` alone. The caller
-either applies it there and then (the optimizer runs inside backward) or keeps it for its step:
+`pooled` and `sequence` look rows up as `embedding_bag` and `embedding_sequence` do, `looked_up` ids as `embedding_lookup`
+does. Where gradients are recorded and the storage requires them, the backward pass hands a `LookupGrad` to `on_grad` and
+leaves `weight.grad` alone. The caller either applies it there and then (the optimizer runs inside backward) or keeps it for its step:
 
     pending = []
     out = pooled(weight, rows, offsets, num_features, on_grad=pending.append)
@@ -23,11 +23,12 @@ from torch import Tensor
 from ninerank.fusion.kernels import registry
 from ninerank.fusion.kernels.embedding_bag import embedding_bag
 from ninerank.fusion.kernels.embedding_bag.entries import bag_entries
+from ninerank.fusion.kernels.embedding_lookup import embedding_lookup
 from ninerank.fusion.kernels.embedding_reduce import embedding_reduce
 from ninerank.fusion.kernels.embedding_sequence import embedding_sequence, sequence_entries
 from ninerank.fusion.kernels.embedding_update import RowOptimizer, embedding_update
 
-__all__ = ["LookupGrad", "pooled", "sequence"]
+__all__ = ["LookupGrad", "looked_up", "pooled", "sequence"]
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,36 @@ def pooled(
         feature_major=feature_major,
         kernel=kernel,
     )
+    return _tapped_bags(weight_RD, out, rows_N, offsets, num_features, sample_weight_N, mean_F, feature_major, on_grad)
 
-    def receive(grad: Tensor) -> None:
-        entries_N, scale_N = bag_entries(rows_N.numel(), offsets, sample_weight_N, mean_F, num_features, feature_major, rows_N.device)
-        on_grad(LookupGrad(grad.reshape(-1, grad.shape[-1]), rows_N, entries_N, scale_N))
 
-    return _tapped(weight_RD, out, receive)
+def looked_up(
+    weight_RD: Tensor,
+    values_N: Tensor,
+    offsets: Tensor | None,
+    first_row_F: Tensor,
+    num_rows_F: Tensor,
+    *,
+    on_grad: Callable[[LookupGrad], None],
+    policy_F: Tensor | None = None,
+    sample_weight_N: Tensor | None = None,
+    mean_F: Tensor | None = None,
+    feature_major: bool = False,
+    names: Sequence[str] | None = None,
+    kernel: str = registry.AUTO,
+) -> Tensor:
+    """`embedding_lookup` of ids on the host, whose gradient goes to `on_grad`: the same as `embedding_rows` and `pooled`, in one pass."""
+    sample_weight_N = None if sample_weight_N is None else sample_weight_N.detach()
+    out, rows_N = embedding_lookup(
+        *(weight_RD.detach(), values_N, offsets, first_row_F, num_rows_F),
+        policy_F=policy_F,
+        sample_weight_N=sample_weight_N,
+        mean_F=mean_F,
+        feature_major=feature_major,
+        names=names,
+        kernel=kernel,
+    )
+    return _tapped_bags(weight_RD, out, rows_N, offsets, first_row_F.numel(), sample_weight_N, mean_F, feature_major, on_grad)
 
 
 def sequence(
@@ -129,6 +154,24 @@ def sequence(
     def receive(grad: Tensor) -> None:
         entries_N = None if offsets is None else sequence_entries(offsets, max_length, rows_N.numel())
         on_grad(LookupGrad(grad.reshape(-1, grad.shape[-1]), rows_N, entries_N))
+
+    return _tapped(weight_RD, out, receive)
+
+
+def _tapped_bags(
+    weight_RD: Tensor,
+    out: Tensor,
+    rows_N: Tensor,
+    offsets: Tensor | None,
+    num_features: int,
+    sample_weight_N: Tensor | None,
+    mean_F: Tensor | None,
+    feature_major: bool,
+    on_grad: Callable[[LookupGrad], None],
+) -> Tensor:
+    def receive(grad: Tensor) -> None:
+        entries_N, scale_N = bag_entries(rows_N.numel(), offsets, sample_weight_N, mean_F, num_features, feature_major, rows_N.device)
+        on_grad(LookupGrad(grad.reshape(-1, grad.shape[-1]), rows_N, entries_N, scale_N))
 
     return _tapped(weight_RD, out, receive)
 

@@ -22,7 +22,20 @@ from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.extending import intrinsic
 from torch import Tensor
 
-__all__ = ["CACHE_LINE_BYTES", "as_numpy", "fixed_dim", "jit", "jit_for", "jit_inline", "prefetch", "rows_ahead", "share_of_histories"]
+from ninerank.fusion.kernels.threads import DONE, TAKEN
+
+__all__ = [
+    "CACHE_LINE_BYTES",
+    "as_numpy",
+    "fixed_dim",
+    "jit",
+    "jit_for",
+    "jit_inline",
+    "jit_shares",
+    "prefetch",
+    "rows_ahead",
+    "share_of_histories",
+]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -109,6 +122,28 @@ def jit_for(*made_for: object) -> Callable[[Function], Function]:
     return compiled
 
 
+def jit_shares(*made_for: object) -> Callable[[Callable[..., Any]], Callable[..., None]]:
+    """Compile `function(share, num_shares, *arguments) -> status` as a driver `(tickets, statuses, *arguments)` for `threads.run_shares`.
+
+    Each thread that runs the driver takes shares by an atomic counter until none is left, without asking for the GIL in between.
+    """
+
+    def compiled(function: Callable[..., Any]) -> Callable[..., None]:
+        work = numba.njit(nogil=True, error_model="numpy", fastmath=FAST_MATH)(function)
+
+        @jit_for(function.__module__, function.__qualname__, *made_for)
+        def drive(tickets, statuses, *arguments):
+            share = fetch_add(tickets, TAKEN)
+            while share < statuses.size:
+                statuses[share] = work(share, statuses.size, *arguments)
+                fetch_add(tickets, DONE)
+                share = fetch_add(tickets, TAKEN)
+
+        return cast("Callable[..., None]", drive)
+
+    return compiled
+
+
 def jit_inline(function: Function) -> Function:
     """Compile as a part of its callers."""
     compiled: Any = numba.njit(nogil=True, error_model="numpy", fastmath=FAST_MATH, inline="always")(function)
@@ -141,6 +176,17 @@ def share_of_histories(offsets, thread, num_threads):
     if thread + 1 < num_threads:
         end = np.searchsorted(offsets[:count], positions * (thread + 1) // num_threads)
     return first if thread else 0, end
+
+
+@intrinsic
+def fetch_add(typing_context: Any, counters: Any, index: Any) -> Any:
+    """fetch_add(counters, index): what an int64 counter was, which is one more now; whatever was written before is seen by who reads it."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        return builder.atomic_rmw("add", builder.gep(data, [arguments[1]]), ir.Constant(ir.IntType(64), 1), "seq_cst")
+
+    return types.int64(counters, index), generate
 
 
 @intrinsic

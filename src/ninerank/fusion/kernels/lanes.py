@@ -52,7 +52,8 @@ class LanesModel(models.PrimitiveModel):
 class Arithmetic:
     """Compiled functions on values of `width` columns of float32.
 
-    load(table, index), store(table, index, value): of the table's type. get, put: the same of float32 arrays.
+    load(table, index), store(table, index, value): of the table's type. get, put: the same of float32 arrays. stream: put past the
+    cache, for what nobody reads soon; the index must be a multiple of `width` and the array lie on a cache line.
     each(number): the number in every column. root: square root. at_least, at_most(value, bound): NaN stays NaN.
     size: absolute value. signed(size, sign): copysign. total(value): sum of the columns.
     """
@@ -62,6 +63,7 @@ class Arithmetic:
     store: Any
     get: Any
     put: Any
+    stream: Any
     each: Any
     root: Any
     at_least: Any
@@ -81,6 +83,7 @@ def arithmetic(fixed: int, dtype: torch.dtype) -> Arithmetic:
         store=_store(value, dtype),
         get=_load(value, torch.float32),
         put=_store(value, torch.float32),
+        stream=_store(value, torch.float32, streams=True),
         each=_each(value),
         root=_function(value, "sqrt", 1),
         at_least=_bounded(value, "<"),
@@ -133,7 +136,7 @@ def _load(value: Any, dtype: torch.dtype) -> Any:
     return load
 
 
-def _store(value: Any, dtype: torch.dtype) -> Any:
+def _store(value: Any, dtype: torch.dtype, *, streams: bool = False) -> Any:
     stored, _, encode = _CODECS[dtype]
     stored_bytes = dtype.itemsize
 
@@ -143,7 +146,10 @@ def _store(value: Any, dtype: torch.dtype) -> Any:
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             address = _address(context, builder, signature.args[0], arguments[0], arguments[1], _shaped(stored, value))
-            builder.store(encode(builder, arguments[2], value), address, align=stored_bytes)
+            number, columns = encode(builder, arguments[2], value), value.width if isinstance(value, Lanes) else 1
+            written = builder.store(number, address, align=columns * stored_bytes if streams else stored_bytes)
+            if streams:
+                written.set_metadata("nontemporal", builder.module.add_metadata([INT32(1)]))
             return context.get_dummy_value()
 
         return types.void(table, types.int64, value), generate

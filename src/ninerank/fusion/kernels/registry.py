@@ -121,18 +121,16 @@ def preferring(name: str) -> Iterator[None]:
         _preferred.reset(token)
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether an operator on `tensor` may call its kernel at once, without torch's dispatcher: an ordinary tensor, nothing to record.
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether an operator on these tensors may call its kernel at once, without torch's dispatcher: ordinary tensors, nothing to record.
 
     The dispatcher costs as much as a small lookup; a request has several.
     """
-    return (
-        not torch.is_grad_enabled()
-        and type(tensor) in (Tensor, Parameter)
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch.compiler.is_compiling()
-        and not torch._C._is_tracing()
-    )
+    grad = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in (Tensor, Parameter) or (grad and tensor.requires_grad)):
+            return False
+    return torch._C._len_torch_dispatch_stack() == 0 and not torch.compiler.is_compiling() and not torch._C._is_tracing()
 
 
 @contextmanager

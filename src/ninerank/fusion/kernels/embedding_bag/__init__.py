@@ -28,7 +28,7 @@ from ninerank.fusion.kernels import registry
 from ninerank.fusion.kernels.embedding_bag.entries import reference as entries_reference
 from ninerank.fusion.kernels.embedding_reduce import embedding_reduce
 
-__all__ = ["TABLE_DTYPES", "embedding_bag", "reference"]
+__all__ = ["TABLE_DTYPES", "check", "embedding_bag", "empty_output", "reference"]
 
 TABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -54,7 +54,7 @@ def embedding_bag(
             [[0., 0.],
              [6., 7.]]])
     """
-    run = _pool if registry.is_plain(weight_RD) else _operator
+    run = _pool if registry.is_plain(weight_RD, sample_weight_N) else _operator
     out: Tensor = run(weight_RD, rows_N, offsets, sample_weight_N, mean_F, num_features, feature_major, kernel)
     return out
 
@@ -99,7 +99,7 @@ def _pool(
     feature_major: bool,
     kernel: str = registry.AUTO,
 ) -> Tensor:
-    _check(weight_RD, rows_N, offsets, sample_weight_N, mean_F, num_features)
+    check(weight_RD, rows_N, offsets, sample_weight_N, mean_F, num_features)
     run = registry.choose("embedding_bag", weight_RD.device.type, kernel)
     out: Tensor = run(weight_RD, rows_N, offsets, sample_weight_N, mean_F, num_features, feature_major)
     return out
@@ -119,14 +119,20 @@ def _fake(
     feature_major: bool,
     kernel: str = registry.AUTO,
 ) -> Tensor:
+    return empty_output(weight_RD, rows_N, offsets, num_features, feature_major)
+
+
+def empty_output(weight_RD: Tensor, rows_N: Tensor, offsets: Tensor | None, num_features: int, feature_major: bool) -> Tensor:
+    """What a lookup returns, not filled."""
     dtype = torch.float64 if weight_RD.dtype == torch.float64 else torch.float32
     shape = _shape(num_bags_of(rows_N, offsets, num_features), num_features, weight_RD.shape[1], feature_major)
     return weight_RD.new_empty(shape, dtype=dtype)
 
 
-def _check(
+def check(
     weight_RD: Tensor, rows_N: Tensor, offsets: Tensor | None, sample_weight_N: Tensor | None, mean_F: Tensor | None, num_features: int
 ) -> None:
+    """Raise ValueError for arguments that do not fit together."""
     if weight_RD.dim() != 2 or not weight_RD.is_contiguous():
         raise ValueError(
             f"the storage has shape {tuple(weight_RD.shape)}, strides {weight_RD.stride()}; a contiguous (rows, dim) is needed"

@@ -17,7 +17,8 @@ Kernels: numba (cpu), torch (everywhere). Deterministic.
 F features, B bags a feature, N ids, R rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import IntEnum
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor
 from ninerank.errors import DataError
 from ninerank.fusion.kernels import registry
 
-__all__ = ["IdRangeError", "OutOfRange", "embedding_rows", "reference", "row_dtype"]
+__all__ = ["IdRangeError", "OutOfRange", "check", "embedding_rows", "naming", "reference", "row_dtype"]
 
 MAX_INT32_ROWS = 2**31
 
@@ -76,13 +77,21 @@ def embedding_rows(
     ninerank.fusion.kernels.embedding_rows.IdRangeError: feature 'user': id 3 (number 1 of the batch) is outside
     its table of 3 rows; allowed: 0 to 2
     """
+    run = _map if registry.is_plain(values_N) else _operator
+    with naming(names):
+        rows_N: Tensor = run(values_N, offsets, first_row_F, num_rows_F, policy_F, num_storage_rows, kernel)
+    return rows_N
+
+
+@contextmanager
+def naming(names: Sequence[str] | None) -> Iterator[None]:
+    """Errors of ids within name their feature, where names are given."""
     try:
-        rows_N: Tensor = _operator(values_N, offsets, first_row_F, num_rows_F, policy_F, num_storage_rows, kernel)
+        yield
     except IdRangeError as error:
         if names is None:
             raise
         raise error.named(names[error.feature]) from None
-    return rows_N
 
 
 def row_dtype(num_storage_rows: int) -> torch.dtype:
@@ -116,8 +125,7 @@ def reference(
     return (id_N + first_row_F[feature_N]).to(row_dtype(num_storage_rows))
 
 
-@torch.library.custom_op("ninerank::embedding_rows", mutates_args=())
-def _operator(
+def _map(
     values_N: Tensor,
     offsets: Tensor | None,
     first_row_F: Tensor,
@@ -126,10 +134,13 @@ def _operator(
     num_storage_rows: int,
     kernel: str = registry.AUTO,
 ) -> Tensor:
-    _check(values_N, offsets, first_row_F, num_rows_F, policy_F)
+    check(values_N, offsets, first_row_F, num_rows_F, policy_F)
     run = registry.choose("embedding_rows", values_N.device.type, kernel)
     rows_N: Tensor = run(values_N, offsets, first_row_F, num_rows_F, policy_F, num_storage_rows)
     return rows_N
+
+
+_operator = torch.library.custom_op("ninerank::embedding_rows", _map, mutates_args=())
 
 
 @_operator.register_fake
@@ -145,7 +156,8 @@ def _fake(
     return torch.empty_like(values_N, dtype=row_dtype(num_storage_rows))
 
 
-def _check(values_N: Tensor, offsets: Tensor | None, first_row_F: Tensor, num_rows_F: Tensor, policy_F: Tensor | None) -> None:
+def check(values_N: Tensor, offsets: Tensor | None, first_row_F: Tensor, num_rows_F: Tensor, policy_F: Tensor | None) -> None:
+    """Raise ValueError or TypeError for arguments that do not fit together."""
     num_features = first_row_F.numel()
     if num_features == 0 or num_rows_F.numel() != num_features or (policy_F is not None and policy_F.numel() != num_features):
         sizes = (num_features, num_rows_F.numel(), num_features if policy_F is None else policy_F.numel())
