@@ -1,6 +1,7 @@
 """What one column becomes, and what fitting learned about it: encodings of ids and transforms of numbers.
 
-Row 0 of every table stands for missing, unknown and default; known ids are 1, 2, ...; hashed ids are 1 + hash mod num_buckets.
+Row 0 of every table stands for missing, unknown and default; known ids are 1, 2, ...; hashed ids are 1 + hash mod num_buckets,
+numbered ones 1 + id.
 A dynamic id stays an id of 64 bits: its table gives it a row, or row 0.
 """
 
@@ -19,6 +20,7 @@ __all__ = [
     "Dynamic",
     "Hashed",
     "Log",
+    "Numbered",
     "Raw",
     "Standardise",
     "Vocabulary",
@@ -56,6 +58,18 @@ class Hashed(Config):
     kind: Literal["hashed"] = "hashed"
     num_buckets: int = Field(ge=1, le=MAX_TABLE_ROWS)
     seed: int = Field(default=0, ge=0, le=INT64_MAX)
+
+
+class Numbered(Config):
+    """Row 1 + id of ids that are numbered 0 ... num_ids - 1 already: nothing to fit, no list to keep.
+
+    out_of_range: what becomes of any other id. `error` refuses the row it is in, `clamp` takes the nearest id, `default` the row of a
+    missing id: that of the feature's `default`, or row 0.
+    """
+
+    kind: Literal["numbered"] = "numbered"
+    num_ids: int = Field(ge=1, le=MAX_TABLE_ROWS)
+    out_of_range: Literal["error", "clamp", "default"] = "error"
 
 
 class Dynamic(Config):

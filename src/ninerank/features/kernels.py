@@ -16,12 +16,14 @@ from ninerank.features.vocabulary import find_int, find_string
 
 __all__ = [
     "BUCKETS",
+    "CLAMP",
     "HASH",
     "INT64",
     "JOB_WIDTH",
     "LOG",
     "NUM_DYNAMIC",
     "NUMBER",
+    "NUMBERED",
     "RAW",
     "RAW_ID",
     "STANDARDISE",
@@ -44,6 +46,9 @@ STRING, INT64, NUMBER = 0, 1, 2
 HASH, VOCABULARY, BUCKETS = 0, 1, 2
 RAW, LOG, STANDARDISE = 3, 4, 5
 RAW_ID = 6
+NUMBERED = 7
+# Of numbered ids, in the place of a seed: an id out of range becomes the nearest; otherwise it counts as missing.
+CLAMP = 1
 
 LN2_HIGH, LN2_LOW = 0.693147180369123816490, 1.90821492927058770002e-10
 SQRT_HALF = 0.70710678118654752440
@@ -139,6 +144,14 @@ def _encode(job, begin, count, out, at):  # type: ignore[no-untyped-def]
                     out[at + i] = missing
                 else:
                     out[at + i] = 1 + np.int64(xxh64_int(load_i64(data + 8 * (first + i)), seed) % buckets)
+        elif job[METHOD] == NUMBERED:
+            last = job[SIZE] - 1
+            for i in range(count):
+                out[at + i] = missing
+                if not _is_null(valid, first + i):
+                    own = load_i64(data + 8 * (first + i))
+                    if 0 <= own <= last or job[SEED] == CLAMP:
+                        out[at + i] = 1 + min(max(own, 0), last)
         else:
             for i in range(count):
                 if _is_null(valid, first + i):

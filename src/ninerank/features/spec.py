@@ -24,6 +24,7 @@ from ninerank.features.encoding import (
     Dynamic,
     Hashed,
     Log,
+    Numbered,
     Raw,
     Standardise,
     Vocabulary,
@@ -39,6 +40,7 @@ __all__ = [
     "Hashed",
     "IdFeature",
     "Log",
+    "Numbered",
     "NumericFeature",
     "Raw",
     "SequenceFeature",
@@ -81,7 +83,7 @@ class IdFeature(_Column):
 
     kind: Literal["id"] = "id"
     dtype: Literal["string", "int64"] = "string"
-    encoding: Annotated[Vocabulary | Hashed | Dynamic, Field(discriminator="kind")] = Vocabulary()
+    encoding: Annotated[Vocabulary | Hashed | Numbered | Dynamic, Field(discriminator="kind")] = Vocabulary()
     multi: bool = False
     max_length: int | None = Field(default=None, ge=1)
     pooling: Literal["sum", "mean"] = "mean"
@@ -101,6 +103,11 @@ class IdFeature(_Column):
                 raise ValueError(f"{value!r} is not a {self.dtype} id, as dtype says it is")
             if isinstance(value, int) and not INT64_MIN <= value <= INT64_MAX:
                 raise ValueError(f"{value} does not fit in int64")
+        if isinstance(self.encoding, Numbered):
+            if self.dtype != "int64":
+                raise ValueError("encoding numbered takes the ids as row numbers; set dtype: int64")
+            if isinstance(self.default, int) and not 0 <= self.default < self.encoding.num_ids:
+                raise ValueError(f"default {self.default} is not among the ids 0 to {self.encoding.num_ids - 1} of encoding numbered")
         if isinstance(self.encoding, Dynamic) and self.dtype == "int64":
             if self.encoding.seed:
                 raise ValueError(f"seed {self.encoding.seed} is for the hash of strings; a dynamic int64 id stays as it is")
@@ -128,6 +135,8 @@ class IdFeature(_Column):
             return 0
         if isinstance(self.encoding, Hashed):
             return 1 + self.encoding.num_buckets
+        if isinstance(self.encoding, Numbered):
+            return 1 + self.encoding.num_ids
         if self.encoding.values is None:
             raise SpecError(f"feature {self.name!r}: its vocabulary is not fitted; run `ninerank features fit` or fit() first")
         return 1 + len(self.encoding.values)

@@ -17,7 +17,7 @@ from ninerank.errors import DataError, SpecError
 from ninerank.features import kernels
 from ninerank.features.batch import Batch, Block, KeyedJagged
 from ninerank.features.columns import Allowed, arrow_type, column_of, conform, is_label, is_weight, show
-from ninerank.features.encoding import MISSING_ID, Bucketize, Dynamic, Hashed, Log, Standardise
+from ninerank.features.encoding import MISSING_ID, Bucketize, Dynamic, Hashed, Log, Numbered, Standardise
 from ninerank.features.hashing import hash_strings
 from ninerank.features.spec import FeatureSpec, IdFeature, NumericFeature, SequenceFeature, Side
 from ninerank.features.vocabulary import CompiledVocabulary
@@ -124,6 +124,7 @@ class _Jobs:
         self.fixed = np.zeros((len(keys), kernels.JOB_WIDTH), np.int64)
         self.numbers = np.zeros((len(keys), 3), np.float64)
         self.alive: list[object] = []
+        self.bounds: dict[int, tuple[str, int]] = {}
         for f, feature in enumerate(features):
             if isinstance(feature, NumericFeature):
                 self._number(f, feature)
@@ -138,6 +139,12 @@ class _Jobs:
         job[kernels.KEEP_LAST] = isinstance(feature, SequenceFeature)
         if isinstance(source.encoding, Hashed):
             job[kernels.METHOD], job[kernels.SIZE], job[kernels.SEED] = kernels.HASH, source.encoding.num_buckets, source.encoding.seed
+        elif isinstance(source.encoding, Numbered):
+            job[kernels.METHOD], job[kernels.SIZE] = kernels.NUMBERED, source.encoding.num_ids
+            if source.encoding.out_of_range == "clamp":
+                job[kernels.SEED] = kernels.CLAMP
+            elif source.encoding.out_of_range == "error":
+                self.bounds[f] = (source.table_name, source.encoding.num_ids)
         elif isinstance(source.encoding, Dynamic):
             job[kernels.METHOD], job[kernels.SEED], job[kernels.MISSING] = kernels.RAW_ID, source.encoding.seed, MISSING_ID
         else:
@@ -209,7 +216,10 @@ class _Jobs:
 
     def _arrays(self, rows: pa.RecordBatch) -> list[pa.Array]:
         """Columns of the features; the caller keeps them alive while kernels read them."""
-        return [conform(column_of(rows, column), wanted, column) for column, wanted in self.columns]
+        arrays = [conform(column_of(rows, column), wanted, column) for column, wanted in self.columns]
+        for f, (table, num_ids) in self.bounds.items():
+            _check_bounds(arrays[f], self.columns[f][0], table, num_ids)
+        return arrays
 
     def _jobs(self, places: Sequence[tuple[int, ...]]) -> npt.NDArray[np.int64]:
         jobs = self.fixed.copy()
@@ -221,6 +231,18 @@ class _Jobs:
             f, row = divmod(bad, count)
             allowed = "a number is finite, and its transform fits float32"
             raise DataError(f"column {self.columns[f][0]!r}, row {row}: {show(arrays[f][row])} is refused; {allowed}")
+
+
+def _check_bounds(array: pa.Array, column: str, table: str, num_ids: int) -> None:
+    """Raise DataError for an id outside 0 ... num_ids - 1, in a flat column or one of lists."""
+    is_list = pa.types.is_list(array.type)
+    values = array.flatten() if is_list else array
+    outside = pc.or_(pc.less(values, 0), pc.greater_equal(values, num_ids))
+    place = pc.index(outside, True).as_py()
+    if place >= 0:
+        row = pc.list_parent_indices(array)[place].as_py() if is_list else place
+        allowed = f"allowed: 0 to {num_ids - 1}, or out_of_range: clamp or default in its encoding"
+        raise DataError(f"column {column!r}, row {row}: id {show(values[place])} is outside table {table!r} of {num_ids} ids; {allowed}")
 
 
 def _single_place(array: pa.Array) -> tuple[int, ...]:
