@@ -21,6 +21,7 @@ from ninerank.fusion.kernels.jagged_attention import jagged_attention
 from ninerank.fusion.kernels.jagged_pairs import jagged_pairs
 from ninerank.fusion.kernels.launch import Tile
 from ninerank.fusion.kernels.low_rank_cross import low_rank_cross
+from ninerank.fusion.kernels.mlp_layer import mlp_layer
 from ninerank.fusion.kernels.quantized_rows import quantized_rows, row_bytes
 from ninerank.fusion.kernels.sigmoid_gate import sigmoid_gate
 
@@ -264,3 +265,15 @@ def test_interactions(rows: int, fields: int, dim: int) -> None:
     values = [torch.randn(rows, fields, dim, generator=_draw(rows))]
     _agrees(fm_interaction, values)
     _agrees(dot_interaction, values if rows < BLOCK else [values[0][:20]])
+
+
+@pytest.mark.parametrize("rows", [0, 1, 16, 45])
+@pytest.mark.parametrize("width", [3, 16, 128, 150])
+@pytest.mark.parametrize(("activation", "masked"), [("relu", False), ("none", True), ("relu", True)])
+def test_mlp_layer(rows: int, width: int, activation: str, masked: bool) -> None:
+    shapes = [(rows, 5), (width, 5), (width,), *([(rows, width)] if masked else [])]
+
+    def layer(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *mask: torch.Tensor, kernel: str) -> torch.Tensor:
+        return mlp_layer(x, weight, bias, activation, *mask, kernel=kernel)
+
+    _agrees(layer, [torch.randn(shape, generator=_draw(i)) for i, shape in enumerate(shapes)])

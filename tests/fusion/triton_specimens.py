@@ -15,6 +15,7 @@ from ninerank.fusion.kernels.jagged_attention.triton import attention_kernel, gr
 from ninerank.fusion.kernels.jagged_pairs.triton import key_grad_kernel, pair_kernel, query_grad_kernel
 from ninerank.fusion.kernels.launch import Tile
 from ninerank.fusion.kernels.low_rank_cross.triton import COLUMNS, ROWS, combine_kernel, product_kernel
+from ninerank.fusion.kernels.mlp_layer.triton import layer_grad_kernel, layer_kernel
 from ninerank.fusion.kernels.quantized_rows import code_bytes, row_bytes
 from ninerank.fusion.kernels.quantized_rows.triton import quantized_kernel
 from ninerank.fusion.kernels.sigmoid_gate.triton import gate_grad_kernel, gate_kernel
@@ -45,6 +46,7 @@ def specimens(device_type: str) -> Iterator[Specimen]:
         yield from _jagged(dim, device_type)
         yield from _interactions(dim, device_type)
     yield from _crosses()
+    yield from _layers()
     for dim in (1, 16, 40, 80):
         yield _gate(dim, device_type)
         yield _gate_grad(dim, device_type)
@@ -144,6 +146,16 @@ def _crosses() -> Iterator[Specimen]:
         yield Specimen(f"cross-fp32-16{name}", combine_kernel, {**_floats("x0", "z", "bias", "x", "out"), **counts}, constants)
         back = _floats("grad", "x0", "z", "bias", "x0_grad", "z_grad")
         yield Specimen(f"cross-back-fp32-16{name}", product_kernel, {**back, **counts}, constants)
+
+
+def _layers() -> Iterator[Specimen]:
+    counts = {"num_rows": "i32", "width": "i32"}
+    for relu, masked, wide in ((True, False, False), (False, True, False), (True, True, True)):
+        constants = {"RELU": relu, "MASKED": masked, "ROWS": ROWS, "COLUMNS": COLUMNS, "WIDE": wide}
+        name = f"{'-relu' if relu else ''}{'-masked' if masked else ''}-fp32-16{'-i64' if wide else ''}"
+        yield Specimen(f"layer{name}", layer_kernel, {**_floats("z", "bias", "mask", "out"), **counts}, constants)
+        back = {**_floats("grad", "a", "mask", "of_z", "of_mask"), **counts}
+        yield Specimen(f"layer-back{name}", layer_grad_kernel, back, constants)
 
 
 def _updates(table: str, dim: int, shape: dict[str, int], optimizer: str) -> Iterator[Specimen]:

@@ -56,6 +56,7 @@ class Arithmetic:
     cache, for what nobody reads soon; the index must be a multiple of `width` and the array lie on a cache line.
     each(number): the number in every column. root: square root. at_least, at_most(value, bound): NaN stays NaN.
     size: absolute value. signed(size, sign): copysign. total(value): sum of the columns.
+    where_positive(value, number): the value where the number is above 0, else 0.
     """
 
     width: int
@@ -71,6 +72,7 @@ class Arithmetic:
     size: Any
     signed: Any
     total: Any
+    where_positive: Any
 
 
 @cache
@@ -91,6 +93,7 @@ def arithmetic(fixed: int, dtype: torch.dtype) -> Arithmetic:
         size=_function(value, "fabs", 1),
         signed=_function(value, "copysign", 2),
         total=_total(value),
+        where_positive=_where_positive(value),
     )
 
 
@@ -267,6 +270,18 @@ def _bounded(value: Any, beyond: str) -> Any:
         return value(value, value), generate
 
     return bounded
+
+
+def _where_positive(value: Any) -> Any:
+    @intrinsic
+    def where(typing_context: Any, number: Any, sign: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            zero = _constant(FLOAT, value, 0.0)
+            return builder.select(builder.fcmp_ordered(">", arguments[1], zero), arguments[0], zero)
+
+        return value(value, value), generate
+
+    return where
 
 
 def _total(value: Any) -> Any:

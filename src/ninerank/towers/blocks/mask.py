@@ -6,6 +6,8 @@ Shape legend: B scored rows, I width of the embedding, M width of what is masked
 import torch
 from torch import Tensor, nn
 
+from ninerank.fusion.kernels.mlp_layer import mlp_layer
+from ninerank.towers.blocks import fused
 from ninerank.towers.blocks.mlp import linear
 
 __all__ = ["FieldNorm", "MaskBlock"]
@@ -43,5 +45,16 @@ class MaskBlock(nn.Module):
         self.norm = nn.LayerNorm(num_out)
 
     def forward(self, embedding_BI: Tensor, x_BM: Tensor) -> Tensor:
-        out_BH: Tensor = self.norm(self.hidden(self.mask(embedding_BI) * x_BM)).relu()
+        out_BH: Tensor = self.norm(self.hidden(self._masked(embedding_BI, x_BM))).relu()
         return out_BH
+
+    def _masked(self, embedding_BI: Tensor, x_BM: Tensor) -> Tensor:
+        """m * x (B, M)."""
+        if not fused.takes_operator(self, embedding_BI):
+            masked_BM: Tensor = self.mask(embedding_BI) * x_BM
+            return masked_BM
+        first, _, second = self.mask
+        assert isinstance(first, nn.Linear)
+        assert isinstance(second, nn.Linear)
+        hidden_BH = mlp_layer(embedding_BI, first.weight, first.bias, "relu")
+        return mlp_layer(hidden_BH, second.weight, second.bias, "none", x_BM)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ninerank.fusion.kernels.mlp_layer import mlp_layer, pays
 from ninerank.fusion.kernels.sigmoid_gate import sigmoid_gate
 from ninerank.towers.blocks import fused
 from ninerank.towers.config import Activation, MLPConfig
@@ -110,5 +111,14 @@ class MLP(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x_BI: Tensor) -> Tensor:
-        out: Tensor = self.layers(x_BI)
-        return out
+        if not (fused.takes_operator(self, x_BI) and pays(x_BI)):
+            out: Tensor = self.layers(x_BI)
+            return out
+        layers, before = list(self.layers), None
+        for layer, following in zip(layers, [*layers[1:], None], strict=True):
+            if isinstance(layer, nn.Linear) and isinstance(following, nn.ReLU):
+                x_BI = mlp_layer(x_BI, layer.weight, layer.bias, "relu")
+            elif not (isinstance(layer, nn.ReLU) and isinstance(before, nn.Linear)):
+                x_BI = layer(x_BI)
+            before = layer
+        return x_BI
