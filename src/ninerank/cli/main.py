@@ -27,6 +27,7 @@ VERBS = {
     "rank": "Rank one request from a file against a server, or print an example of one.",
     "evaluate": "Measure a run or a bundle on log files: AUC, log loss, calibration, whole and by slice.",
     "replay": "Score a served request log again: parity, changed order, and quality if labels are given.",
+    "compare": "Compare two bundles over a served log with labels: differences, guardrails, one verdict.",
     "join": "Join labels that came later to a served log: one row a candidate, however large both are.",
     "offpolicy": "Value a policy that did not serve, from a log with propensities: IPS, DR and their kin, with warnings.",
     "doctor": "Show what this machine can run, what is missing, and the line that mends it.",

@@ -13,7 +13,7 @@ import numpy as np
 from ninerank.metrics import Buckets, RocCurve
 from ninerank.metrics.rows import Array
 
-__all__ = ["calibration_chart", "histogram_chart", "percent", "roc_chart"]
+__all__ = ["calibration_chart", "forest_chart", "histogram_chart", "percent", "roc_chart"]
 
 WIDTH, HEIGHT = 460, 340
 LEFT, RIGHT, TOP, BOTTOM = 56, 22, 14, 46
@@ -88,6 +88,33 @@ def calibration_chart(buckets: Buckets, *, root: bool) -> str:
     scale = " (square-root scale)" if root else ""
     frame = _frame(across, up, f"mean score{scale}", f"observed rate{scale}")
     return _svg("Observed rate against mean score", frame + diagonal + line + "".join(marks))
+
+
+def forest_chart(rows: Sequence[tuple[str, float, float, float]], label: str, *, more_is_better: bool) -> str:
+    """Estimates with their intervals, one a line, over the line of no difference. rows: name, value, low, high."""
+    known = [row for row in rows if all(map(math.isfinite, row[1:]))]
+    if not known:
+        return _nothing("Differences", "need rows of both classes")
+    height, left = 30 * len(known) + 50, 170
+    reach = 1.05 * max(max(abs(low), abs(high)) for _, _, low, high in known) or 1.0
+    scale = (WIDTH - RIGHT - left) / (2 * reach)
+    zero = left + reach * scale
+    parts = [f'<path class="reference" d="{_path([(zero, 8), (zero, height - 36)])}"/>']
+    for place, (name, value, low, high) in enumerate(known):
+        y = 22 + 30 * place
+        better = (low > 0) if more_is_better else (high < 0)
+        worse = (high < 0) if more_is_better else (low > 0)
+        style = "better" if better else "worse" if worse else "same"
+        shown = name if len(name) <= 22 else name[:19] + "..."
+        tip = f"{name}: {value:+.5f}, {low:+.5f} to {high:+.5f}"
+        whisker = f'<path class="whisker" d="{_path([(zero + low * scale, y), (zero + high * scale, y)])}"/>'
+        dot = f'<circle class="dot" cx="{zero + value * scale:.1f}" cy="{y}" r="4"/>'
+        parts.append(f'<text x="{left - 10}" y="{y + 4}" text-anchor="end">{escape(shown)}</text>')
+        parts.append(f'<g class="{style}"><title>{escape(tip)}</title>{whisker}{dot}</g>')
+    for value in (-reach / 1.05, 0.0, reach / 1.05):
+        parts.append(f'<text x="{zero + value * scale:.1f}" y="{height - 20}" text-anchor="middle">{value:+.2g}</text>')
+    parts.append(f'<text class="title" x="{zero:.1f}" y="{height - 4}" text-anchor="middle">{escape(label)}</text>')
+    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
 
 
 def histogram_chart(histogram: Callable[[Array], Buckets], high: float, *, root: bool, num_bins: int = 40) -> str:

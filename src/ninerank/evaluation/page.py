@@ -54,14 +54,18 @@ def chart_card(title: str, hint: str, svg: str) -> str:
 
 
 def table_section(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], *, whole: bool = False, narrow: bool = False) -> str:
-    """A table whose first column names the row; cells are html. whole: the first row is the sum of the others. narrow: few columns."""
+    """A table whose first column names the row; cells are html; no heading without a title.
+
+    whole: the first row is the sum of the others. narrow: few columns.
+    """
     head = "".join(f"<th>{escape(name)}</th>" for name in heads)
     body = "".join(
         f"<tr{' class=all' if whole and place == 0 else ''}>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>"
         for place, row in enumerate(rows)
     )
     style = "card scroll narrow" if narrow else "card scroll"
-    return f'<h2>{escape(title)}</h2><div class="{style}"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    heading = f"<h2>{escape(title)}</h2>" if title else ""
+    return f'{heading}<div class="{style}"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def inline_bar(share: float) -> str:

@@ -15,10 +15,54 @@ from ninerank.errors import DataError
 from ninerank.evaluation.quality import Quality, Summary
 from ninerank.metrics.rows import Array
 
-__all__ = ["MISSING", "OTHER", "Slices"]
+__all__ = ["MISSING", "OTHER", "ColumnCodes", "Slices"]
 
 MISSING, OTHER = "(missing)", "(other)"
 NUM_RANGES = 10
+
+
+class ColumnCodes:
+    """Values of one column as numbers, and the slices that they fall into: see `Slices`."""
+
+    def __init__(self, column: str, max_values: int = 25) -> None:
+        self.column, self.max_values = column, max_values
+        self._codes: dict[Hashable, int] = {}
+        self._is_float = False
+
+    def encode(self, values: pa.Array) -> Array:
+        """int32 (B,): number of each value, -1 for null and nan. Raises DataError for a column of lists or structs."""
+        if pa.types.is_nested(values.type):
+            raise DataError(f"slice {self.column!r}: the column is of type {values.type}, one value per row is needed")
+        self._is_float = self._is_float or pa.types.is_floating(values.type)
+        encoded = values if pa.types.is_dictionary(values.type) else pc.dictionary_encode(values)
+        own = [self._code(value) for value in encoded.dictionary.to_pylist()]
+        index_B = encoded.indices.fill_null(len(own)).to_numpy(zero_copy_only=False)
+        codes: Array = np.array([*own, -1], np.int32)[index_B]
+        return codes
+
+    def merge(self, other: Self) -> Array:
+        """Take in the values of `other`, a coding of the same column; returns the new number of each of its numbers, -1 last."""
+        into = np.array([*(self._codes.setdefault(value, len(self._codes)) for value in other._codes), -1], np.int32)
+        self._is_float = self._is_float or other._is_float
+        return into
+
+    def _code(self, value: Hashable) -> int:
+        is_missing = value is None or value != value  # noqa: PLR0124
+        return -1 if is_missing else self._codes.setdefault(value, len(self._codes))
+
+    def places(self, code_N: Array, weight_N: Array | None) -> tuple[list[str], Array]:
+        """Names of the slices in the order in which they are shown, and each row's place among them."""
+        values = list(self._codes)
+        mass = np.bincount(code_N + 1, weight_N, len(values) + 1)[1:]
+        if self._is_float and len(values) > self.max_values:
+            names, place = _ranges(np.array(values, np.float64), mass)
+        else:
+            heaviest = np.argsort(-mass, kind="stable")[: self.max_values]
+            if len(values) <= self.max_values and all(isinstance(value, int | float) for value in values):
+                heaviest = np.argsort(np.array(values), kind="stable")
+            names, place = [_show(values[code]) for code in heaviest], np.full(len(values), len(heaviest))
+            place[heaviest] = np.arange(len(heaviest))
+        return [*names, OTHER, MISSING], np.append(place, len(names) + 1)[code_N]
 
 
 class Slices:
@@ -29,23 +73,13 @@ class Slices:
     """
 
     def __init__(self, column: str, max_values: int = 25) -> None:
-        self.column = column
-        self.max_values = max_values
-        self._codes: dict[Hashable, int] = {}
+        self._codes = ColumnCodes(column, max_values)
         self._chunks: list[dict[str, Array]] = []
-        self._is_float = False
 
     def update(
         self, values: pa.Array, label_B: ArrayLike, score_B: ArrayLike, weight_B: ArrayLike | None = None, group_B: ArrayLike | None = None
     ) -> Self:
-        if pa.types.is_nested(values.type):
-            raise DataError(f"slice {self.column!r}: the column is of type {values.type}, one value per row is needed")
-        self._is_float = self._is_float or pa.types.is_floating(values.type)
-        encoded = values if pa.types.is_dictionary(values.type) else pc.dictionary_encode(values)
-        own = [self._code(value) for value in encoded.dictionary.to_pylist()]
-        index_B = encoded.indices.fill_null(len(own)).to_numpy(zero_copy_only=False)
-        code_B = np.array([*own, -1], np.int32)[index_B]
-        chunk = {"code": code_B, "label": np.asarray(label_B) == 1, "score": np.asarray(score_B)}
+        chunk = {"code": self._codes.encode(values), "label": np.asarray(label_B) == 1, "score": np.asarray(score_B)}
         if weight_B is not None:
             chunk["weight"] = np.asarray(weight_B, np.float64)
         if group_B is not None:
@@ -53,16 +87,10 @@ class Slices:
         self._chunks.append(chunk)
         return self
 
-    def _code(self, value: Hashable) -> int:
-        """Number of a value, -1 for null and nan."""
-        is_missing = value is None or value != value  # noqa: PLR0124
-        return -1 if is_missing else self._codes.setdefault(value, len(self._codes))
-
     def merge(self, other: Self) -> Self:
         """Take in the rows of `other`, a slicing of the same column."""
-        into = np.array([*(self._codes.setdefault(value, len(self._codes)) for value in other._codes), -1], np.int32)
+        into = self._codes.merge(other._codes)
         self._chunks.extend({**chunk, "code": into[chunk["code"]]} for chunk in other._chunks)
-        self._is_float = self._is_float or other._is_float
         return self
 
     def value(self) -> dict[str, Summary]:
@@ -72,7 +100,7 @@ class Slices:
         code_N, weight_N = self._column("code"), self._column("weight")
         columns = [self._column("label"), self._column("score"), weight_N, self._column("group")]
         assert code_N is not None
-        names, place_N = self._places(code_N, weight_N)
+        names, place_N = self._codes.places(code_N, weight_N)
         order = np.argsort(place_N, kind="stable")
         ends = np.searchsorted(place_N[order], np.arange(len(names) + 1))
         found: dict[str, Summary] = {}
@@ -91,20 +119,6 @@ class Slices:
         if name not in self._chunks[0]:
             return None
         return np.concatenate([chunk[name] for chunk in self._chunks])
-
-    def _places(self, code_N: Array, weight_N: Array | None) -> tuple[list[str], Array]:
-        """Names of the slices in the order in which they are shown, and each row's place among them."""
-        values = list(self._codes)
-        mass = np.bincount(code_N + 1, weight_N, len(values) + 1)[1:]
-        if self._is_float and len(values) > self.max_values:
-            names, place = _ranges(np.array(values, np.float64), mass)
-        else:
-            heaviest = np.argsort(-mass, kind="stable")[: self.max_values]
-            if len(values) <= self.max_values and all(isinstance(value, int | float) for value in values):
-                heaviest = np.argsort(np.array(values), kind="stable")
-            names, place = [_show(values[code]) for code in heaviest], np.full(len(values), len(heaviest))
-            place[heaviest] = np.arange(len(heaviest))
-        return [*names, OTHER, MISSING], np.append(place, len(names) + 1)[code_N]
 
 
 def _ranges(values: Array, mass: Array) -> tuple[list[str], Array]:
