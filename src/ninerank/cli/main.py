@@ -30,6 +30,7 @@ VERBS = {
     "compare": "Compare two bundles over a served log with labels: differences, guardrails, one verdict.",
     "join": "Join labels that came later to a served log: one row a candidate, however large both are.",
     "offpolicy": "Value a policy that did not serve, from a log with propensities: IPS, DR and their kin, with warnings.",
+    "bench": "Put load on a server: open or closed loop, percentiles, answers in time, a page.",
     "doctor": "Show what this machine can run, what is missing, and the line that mends it.",
 }
 
