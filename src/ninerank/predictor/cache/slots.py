@@ -9,7 +9,8 @@ An entry is one block, or several where its id and value need more than one hold
 the bucket's entries, copies the one it wants, and starts over if the number has changed meanwhile: whatever changes an entry of a bucket
 makes the number odd before and even after. So a row is read whole or not at all. Writers hold the table's lock (`shared`), one at a time.
 
-Where memory runs out the CLOCK algorithm evicts: the hand passes entries that were read since it last came by.
+Where memory runs out the CLOCK algorithm evicts: the hand passes entries that were read since it last came by. Readers and writers are in
+one module, since each rests on the order in which the other touches memory.
 
 Shape legend: N ids.
 """
