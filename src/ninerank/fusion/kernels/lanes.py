@@ -9,7 +9,8 @@ kernel reads and writes might overlap for all it knows. So kernels say what they
         ops.store(table, base + column, ops.load(table, base + column) - ops.each(lr) * ops.get(total, column))
 
 + - * / work on such values; `load` and `store` convert tables of float16 and bfloat16 (passed as uint16 bits) to float32
-and back, exactly and with rounding to nearest even. Indices are flat and not checked; arrays must be contiguous.
+and back, exactly and with rounding to nearest even. Indices are flat and not checked; arrays must be contiguous. It is one module: the
+type, its operators and what they compile to mean nothing without each other.
 """
 
 import operator
