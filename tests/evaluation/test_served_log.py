@@ -19,7 +19,8 @@ from ninerank.cli.main import build
 from ninerank.features.sources.synthetic import SyntheticConfig, generate, synthetic_spec
 from ninerank.predictor.bundle import export_bundle
 from ninerank.predictor.client import PredictorClient
-from ninerank.predictor.server import PredictorServer, ServeConfig
+from ninerank.predictor.serveconfig import ServeConfig
+from ninerank.predictor.server import PredictorServer
 from ninerank.training.recipe import Recipe
 from ninerank.training.run import load_run
 from ninerank.training.trainer import Trainer
@@ -96,7 +97,7 @@ def serve(bundle: Path, items: Path, test: pa.Table, log: Path) -> None:
     ports = server.start()
     columns = server.engine.schema.request.names
     try:
-        with PredictorClient(f"127.0.0.1:{ports.grpc}") as client:
+        with PredictorClient(f"127.0.0.1:{ports.port}") as client:
             for request in pc.unique(test["request_id"]).to_pylist():
                 rows = test.filter(pc.equal(test["request_id"], request))
                 user = {name: rows[name][0].as_py() for name in columns}

@@ -19,7 +19,8 @@ from ninerank.errors import DataError, NinerankError, RequestError, SpecError
 from ninerank.evaluation.loadpage import load_page
 from ninerank.predictor.client import build_request
 from ninerank.predictor.load import LoadConfig, LoadResult, run_load
-from ninerank.predictor.server import PredictorServer, ServeConfig
+from ninerank.predictor.serveconfig import ServeConfig
+from ninerank.predictor.server import PredictorServer
 from ninerank.predictor.workload import Workload, requests_of_bundle, requests_of_file, skewed
 from ninerank.proto.v1 import predictor_pb2 as pb
 
@@ -165,7 +166,7 @@ def test_requests_are_those_that_the_server_takes(bundle_dir: Path, log_rows: Ca
 
 def test_the_command_loads_a_real_server_and_draws_what_it_saw(bundle_dir: Path, tmp_path: Path) -> None:
     server = PredictorServer(bundle_dir, ServeConfig(port=0, device="cpu"))
-    target = f"127.0.0.1:{server.start().grpc}"
+    target = f"127.0.0.1:{server.start().port}"
     page, out = tmp_path / "page.html", tmp_path / "found.json"
     arguments = ["bench", "serve", "--target", target, "--bundle", bundle_dir, "--candidates", 8, "--distinct", 5, "--seconds", 2.2]
     try:
