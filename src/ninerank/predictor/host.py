@@ -23,7 +23,7 @@ from ninerank.predictor.service import RankService
 
 __all__ = ["ModelHost", "ModelState", "NoAdminError", "Served", "SingleModel", "UnknownModelError"]
 
-READY, DRAINING = "READY", "DRAINING"
+LOADING, READY, DRAINING, FAILED = "LOADING", "READY", "DRAINING", "FAILED"
 
 
 class UnknownModelError(RequestError):
@@ -52,10 +52,13 @@ class ModelState:
 
 
 class Served:
-    """One loaded model version and how many calls compute with it; a context manager that counts its caller in and out."""
+    """One loaded model version and how many calls compute with it; a context manager that counts its caller in and out.
 
-    def __init__(self, service: RankService) -> None:
-        self.service = service
+    stamp: of what it was loaded from.
+    """
+
+    def __init__(self, service: RankService, stamp: str = "") -> None:
+        self.service, self.stamp = service, stamp
         self.loaded_at_s = time.time()
         self._leases = 0
         self._is_leaving = False
@@ -107,6 +110,9 @@ class ModelHost(Protocol):
         request: a look into a dictionary, no file, no wait.
         """
 
+    def shadow(self, name: str, key: str) -> "Served | None":
+        """The version that is to score a call too, unheard; None for most calls. Runs in the way of every request."""
+
     def models(self) -> Sequence[ModelState]:
         """Every version that is loading, ready, draining or refused."""
 
@@ -134,6 +140,10 @@ class SingleModel:
         if version and version != self._version:
             raise UnknownModelError(f"version {version[:100]!r} is not served here; served: {self._version}")
         return self._served
+
+    def shadow(self, name: str, key: str) -> Served | None:
+        """See ModelHost."""
+        return None
 
     def models(self) -> Sequence[ModelState]:
         """See ModelHost."""
