@@ -24,7 +24,7 @@ from ninerank.embedding.changes import Changes, Column, DeltaSource, Ints, RowBl
 from ninerank.embedding.rowfile import RowFile, read_manifest, read_rows, seal, sealing, write_rows
 from ninerank.errors import BundleError
 
-__all__ = ["Delta", "DeltaWriter", "Position", "Replica"]
+__all__ = ["Delta", "DeltaWriter", "Position", "Replica", "base_position", "delta_path", "merge_rows"]
 
 FORMAT: Literal[1] = 1
 VERSION_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._]{0,63}")
@@ -197,18 +197,30 @@ class Replica:
             own, theirs = _columns(self.tables[name]), _columns(changes.upserts)
             if own != theirs:
                 raise BundleError(f"{path}: table {name!r} has the columns {theirs}, in the base they are {own}")
-        merged = {name: _merge(self.tables[name], changes) for name, changes in delta.changes.items()}
+        merged = {name: merge_rows(self.tables[name], changes) for name, changes in delta.changes.items()}
         return Replica(delta.following(self.position), merged)
 
     def follow(self, directory: str | Path) -> "Replica":
         """Replica with all deltas applied that lie in `directory` and come next, one after the other."""
         replica = self
-        while (path := Path(directory) / _delta_name(replica.position.version, replica.position.sequence + 1)).is_dir():
+        while (path := delta_path(directory, replica.position)).is_dir():
             replica = replica.apply(path)
         return replica
 
 
-def _merge(rows: RowBlock, changes: Changes) -> RowBlock:
+def base_position(path: str | Path) -> Position:
+    """Where one stands at the base in directory `path`; its rows are not read. Raises BundleError."""
+    manifest, digest = read_manifest(Path(path), BaseManifest, "base", FORMAT)
+    return Position(manifest.version, digest, 0, digest)
+
+
+def delta_path(directory: str | Path, position: Position) -> Path:
+    """Where the delta after `position` is or will be."""
+    return Path(directory) / _delta_name(position.version, position.sequence + 1)
+
+
+def merge_rows(rows: RowBlock, changes: Changes) -> RowBlock:
+    """Rows after changes, in rising order of their ids; `rows` stays as it is."""
     upserts, removed = changes
     if len(upserts.ids) == 0 and len(removed) == 0:
         return rows

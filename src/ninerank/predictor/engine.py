@@ -8,6 +8,7 @@ Where it keeps values by item (`itemvalues`), candidates with keys that it knows
 Shape legend: B rows, N candidates, T tasks.
 """
 
+import copy
 import logging
 import time
 from pathlib import Path
@@ -50,29 +51,44 @@ class Engine:
     def __init__(
         self, bundle: Bundle, device: Device, *, backend: str = AUTO, precision: Precision = "fp32", item_values_mb: float = 0.0
     ) -> None:
-        self.manifest = bundle.manifest
         self.spec = bundle.spec
         self.schema = RequestSchema.of(bundle.spec)
         self.device = device
         self._transform = Transform(bundle.spec)
-        self._raw_ids = raw_ids_of(bundle)
-        self._embedding = lookup_of(bundle, device)
         graph = build_graph(bundle.graph, device.torch_device)
         one = graph_for_one(graph, bundle.manifest.passes)
         self._graph = lower(graph, device.torch_device, one=one, backend=backend, precision=precision)
         self._inputs = tuple(given.name for given in self._graph.inputs)
-        is_on_host = device.torch_device.type == "cpu" and RequestLookup.takes(self._embedding)
+        num_bytes, records = int(item_values_mb * 1e6), bundle.manifest.passes
+
+        def item_scorer(embedding: EmbeddingCollection) -> ItemScorer:
+            return ItemScorer.of(graph, records, embedding, num_bytes, backend=backend, precision=precision)
+
+        self._make_item_scorer = item_scorer if item_values_mb > 0 else None
+        self._bind(bundle)
+
+    def _bind(self, bundle: Bundle) -> None:
+        """Take rows and ids from the bundle."""
+        self.bundle = bundle
+        self.manifest = bundle.manifest
+        self._raw_ids = raw_ids_of(bundle)
+        self._embedding = lookup_of(bundle, self.device)
+        is_on_host = self.device.torch_device.type == "cpu" and RequestLookup.takes(self._embedding)
         self._lookup = RequestLookup(self._embedding, self._graph.dtypes) if is_on_host else None
         self._item_scorer: ItemScorer | None = None
-        if item_values_mb > 0:
+        if self._make_item_scorer is not None:
             try:
-                if not is_on_host:
-                    raise NoItemValuesError(f"values by item are kept on the CPU, the model runs on {device.name}")
-                self._item_scorer = ItemScorer.of(
-                    *(graph, bundle.manifest.passes, self._embedding, int(item_values_mb * 1e6)), backend=backend, precision=precision
-                )
+                if self._lookup is None:
+                    raise NoItemValuesError(f"values by item are kept on the CPU, the model runs on {self.device.name}")
+                self._item_scorer = self._make_item_scorer(self._embedding)
             except NoItemValuesError as error:
                 log.warning("%s %s keeps no values by item: %s", self.manifest.model_name, self.manifest.model_version, error)
+
+    def renewed(self, bundle: Bundle) -> "Engine":
+        """An engine over other rows and ids of the same model; it shares this one's graph. Raises BundleError for rows that do not fit."""
+        engine = copy.copy(self)
+        engine._bind(bundle)
+        return engine
 
     @classmethod
     def load(

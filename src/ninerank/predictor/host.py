@@ -38,7 +38,7 @@ class NoAdminError(NinerankError):
 class ModelState:
     """One version, as ModelStatus tells it. state: LOADING, READY, DRAINING or FAILED. leases: calls that compute with it now.
 
-    loaded_at_s: Unix time, 0 before it is loaded. reason: of a version that FAILED.
+    loaded_at_s: Unix time, 0 before it is loaded. reason: of a version that FAILED. sequence: deltas applied to its rows.
     """
 
     name: str
@@ -49,16 +49,17 @@ class ModelState:
     loaded_at_s: float = 0.0
     leases: int = 0
     reason: str = ""
+    sequence: int = 0
 
 
 class Served:
     """One loaded model version and how many calls compute with it; a context manager that counts its caller in and out.
 
-    stamp: of what it was loaded from.
+    stamp: of what it was loaded from. sequence: deltas that were applied to its rows.
     """
 
-    def __init__(self, service: RankService, stamp: str = "") -> None:
-        self.service, self.stamp = service, stamp
+    def __init__(self, service: RankService, stamp: str = "", sequence: int = 0) -> None:
+        self.service, self.stamp, self.sequence = service, stamp, sequence
         self.loaded_at_s = time.time()
         self._leases = 0
         self._is_leaving = False
@@ -96,6 +97,7 @@ class Served:
             tuple(manifest.tasks),
             self.loaded_at_s,
             self._leases,
+            sequence=self.sequence,
         )
 
 

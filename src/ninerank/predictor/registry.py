@@ -1,9 +1,9 @@
 """Many models and versions, which come and go while calls are answered.
 
-A thread looks at the store every `poll_s`. A version that the policy wants is loaded beside those that answer, its checksums and golden scores
-are verified, it is warmed, and then the routes of its model are replaced by new ones in one assignment: a call sees the old routes or the
-new. The version that nobody routes to any more drains, and is let go of. One that cannot be loaded is refused with its reason, and tried
-again only when it is written anew; whoever answered goes on.
+A thread looks at the store every `poll_s`. A version that the policy wants is loaded beside those that answer, its checksums and golden
+scores are verified, it is warmed, and then the routes of its model are replaced by new ones in one assignment: a call sees the old routes
+or the new. The version that nobody routes to any more drains, and is let go of. One that cannot be loaded is refused with its reason, and
+tried again only when it is written anew; whoever answered goes on. Deltas of a version's rows (`livedelta`) are swapped in the same way.
 
     store --look--> wanted versions --load, verify, warm--> routes --lease--> calls
 """
@@ -22,6 +22,7 @@ from pydantic import Field
 from ninerank.config import Config
 from ninerank.errors import BundleError, NinerankError, SpecError
 from ninerank.predictor.host import DRAINING, FAILED, LOADING, ModelState, Served, UnknownModelError
+from ninerank.predictor.livedelta import LiveRows
 from ninerank.predictor.modelstore import ModelStore, version_order
 from ninerank.predictor.policy import Canary, Latest, Pinned, Policy, Shadow, in_share, read_policy
 from ninerank.predictor.service import RankService
@@ -51,7 +52,7 @@ class ServiceMaker(Protocol):
         """Load, verify and warm a bundle. Raises NinerankError."""
 
     def retire(self, service: RankService) -> None:
-        """Let go of what `make` opened: nobody computes with it any more."""
+        """Let go of what `make` opened: nobody computes with it, or with a service that was renewed from it, any more."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,12 @@ class _Model:
     policy: Policy = field(default_factory=Latest)
     command: Policy | None = None
     failed: dict[str, tuple[str, str]] = field(default_factory=dict)  # version -> stamp, reason
+    out: dict[str, str] = field(default_factory=dict)  # taken out of service by command: version -> stamp
     loading: str | None = None
     draining: list[Served] = field(default_factory=list)
     was_told: str = ""
+    rows: dict[str, tuple[str, LiveRows]] = field(default_factory=dict)  # version -> stamp, rows with deltas
+    deltas_told: dict[str, str] = field(default_factory=dict)
 
 
 class ModelRegistry:
@@ -135,14 +139,13 @@ class ModelRegistry:
     def models(self) -> Sequence[ModelState]:
         """See ModelHost."""
         states = []
-        with self._changing:
-            for name, own in self._models.items():
-                routes = self._routes.get(name)
-                states += [served.state() for served in (routes.versions.values() if routes else ())]
-                states += [replace(served.state(), state=DRAINING) for served in own.draining]
-                if own.loading is not None:
-                    states.append(ModelState(name, own.loading, LOADING))
-                states += [ModelState(name, version, FAILED, reason=reason) for version, (_, reason) in own.failed.items()]
+        # Without the lock: a call that asks must not wait until a model is loaded. Copies are taken of what the other thread changes.
+        for name, own in list(self._models.items()):
+            routes, loading = self._routes.get(name), own.loading
+            states += [served.state() for served in (routes.versions.values() if routes else ())]
+            states += [replace(served.state(), state=DRAINING) for served in list(own.draining)]
+            states += [] if loading is None else [ModelState(name, loading, LOADING)]
+            states += [ModelState(name, version, FAILED, reason=reason) for version, (_, reason) in list(own.failed.items())]
         return states
 
     def load(self, name: str, version: str) -> ModelState:
@@ -156,6 +159,7 @@ class ModelRegistry:
             if version and version not in found:
                 raise UnknownModelError(f"version {version[:100]!r} of {name} is not in the store; there are: {', '.join(found)}")
             own.failed.pop(version, None)
+            own.out.pop(version, None)
             before, own.command = own.command, Pinned(version=version) if version else None
             self._look_at(name, own)
             wanted = version or self._routes[name].default
@@ -173,15 +177,11 @@ class ModelRegistry:
             served = routes.versions.get(version)
             if served is None:
                 raise UnknownModelError(f"version {version[:100]!r} is not served here; served: {', '.join(routes.versions)}")
-            others = [other for other in routes.versions if other != version]
             own = self._models[name]
-            own.failed[version] = (self._store.versions(name).get(version, ""), "taken out of service by command")
+            own.out[version] = self._store.versions(name).get(version, "")
             if isinstance(own.command, Pinned) and own.command.version == version:
                 own.command = None
-            if others:
-                self._look_at(name, own)
-            if version in self._routes.get(name, routes).versions:
-                self._retire_routes(name, routes, {other: routes.versions[other] for other in others})
+            self._look_at(name, own)
             return replace(served.state(), state=DRAINING)
 
     def close(self) -> None:
@@ -237,10 +237,11 @@ class ModelRegistry:
         """Bring one model's routes to what store and policy say."""
         found = self._store.versions(name)
         self._read_policy(name, own)
-        for version in [version for version, (stamp, _) in own.failed.items() if found.get(version, "") != stamp]:
-            del own.failed[version]
+        own.failed = {version: (stamp, why) for version, (stamp, why) in own.failed.items() if found.get(version, "") == stamp}
+        own.out = {version: stamp for version, stamp in own.out.items() if found.get(version, "") == stamp}
+        found = {version: stamp for version, stamp in found.items() if version not in own.out}
         routes = self._routes.get(name)
-        held = dict(routes.versions) if routes is not None else {}
+        held = {version: served for version, served in routes.versions.items() if version not in own.out} if routes is not None else {}
         for version, stamp in found.items():
             if version in held and held[version].stamp != stamp:
                 del held[version]  # written anew: what was loaded is another one
@@ -253,19 +254,24 @@ class ModelRegistry:
         default = self._first_of([stable] if stable is not None else [v for v in order if v != trial], name, own, found, held)
         if default is None:
             # Nothing that is wanted loads: whoever answers goes on answering, even if it is gone from the store.
-            default = routes.default if routes is not None else None
-            if default is None or routes is None:
+            if routes is None:
                 return
+            if routes.default in own.out:
+                self._replace_routes(name, routes, None)
+                return
+            default = routes.default
             held.setdefault(default, routes.versions[default])
         if trial is not None and trial not in held:
             trial = None
         wanted = {version for version in (default, trial) if version is not None}
         others = sorted((v for v in held if v not in wanted), key=version_order, reverse=True)[: self.config.keep]
-        versions = {version: held[version] for version in sorted({*wanted, *others}, key=version_order)}
+        versions = {
+            version: self._with_deltas(name, version, held[version], own) for version in sorted({*wanted, *others}, key=version_order)
+        }
         percent = policy.percent if isinstance(policy, Canary | Shadow) and trial is not None else 0.0
         new = _Routes(versions, default, trial, percent, isinstance(policy, Shadow))
         if new != routes:
-            self._retire_routes(name, routes, versions, new)
+            self._replace_routes(name, routes, new)
 
     def _first_of(self, wanted: Sequence[str], name: str, own: _Model, found: Mapping[str, str], held: dict[str, Served]) -> str | None:
         """The first of these versions that is loaded or can be."""
@@ -302,38 +308,63 @@ class ModelRegistry:
         log.info("%s %s is loaded after %.2f s", name, version, time.perf_counter() - started)
         return True
 
-    def _retire_routes(self, name: str, old: _Routes | None, kept: Mapping[str, Served], new: _Routes | None = None) -> None:
+    def _with_deltas(self, name: str, version: str, served: Served, own: _Model) -> Served:
+        """The version with every delta that is there; the one that is served where the next does not follow."""
+        directory = self._store.deltas(name, version)
+        if directory is None:
+            return served
+        try:
+            rows = own.rows.get(version)
+            if rows is None or rows[0] != served.stamp:
+                rows = (served.stamp, LiveRows.begin(served.service.engine.bundle, directory))
+            live = rows[1]
+            while live.has_next(directory):
+                live = live.follow(directory)
+            own.rows[version] = (served.stamp, live)
+            if live.position.sequence == served.sequence:
+                return served
+            renewed = Served(served.service.renewed(served.service.engine.renewed(live.bundle)), served.stamp, live.position.sequence)
+        except (NinerankError, OSError) as error:
+            if own.deltas_told.get(version) != str(error):
+                own.deltas_told[version] = str(error)
+                log.error("%s %s: a delta is not applied, its rows stay at %d: %s", name, version, served.sequence, error)
+            return served
+        log.info("%s %s has the rows of delta %d", name, version, renewed.sequence)
+        return renewed
+
+    def _replace_routes(self, name: str, old: _Routes | None, new: _Routes | None) -> None:
         """Swap the routes of a model, then drain what they no longer name."""
-        routes = dict(self._routes)
-        if new is None and kept and old is not None:
-            default = old.default if old.default in kept else max(kept, key=version_order)
-            new = _Routes(kept, default)
-        if new is None:
-            routes.pop(name, None)
-        else:
+        routes = {other: own for other, own in self._routes.items() if other != name}
+        if new is not None:
             routes[name] = new
         self._routes = routes  # one assignment: a call sees the old routes or the new
+        kept = {} if new is None else new.versions
         own = self._models[name]
         before = {} if old is None else old.versions
         for version, served in kept.items():
             if before.get(version) is not served:
                 self._on_change(served.state())
         for version, served in before.items():
+            if version not in kept:
+                own.rows.pop(version, None)
             if kept.get(version) is not served:
                 own.draining.append(served)
-                threading.Thread(target=self._drain, args=(own, served), name=f"drain-{name}-{version}", daemon=True).start()
+                # With more deltas the same version goes on, and what its services share stays open.
+                is_last = version not in kept or kept[version].stamp != served.stamp
+                threading.Thread(target=self._drain, args=(own, served, is_last), name=f"drain-{name}-{version}", daemon=True).start()
 
-    def _drain(self, own: _Model, served: Served) -> None:
-        self._let_go(served)
+    def _drain(self, own: _Model, served: Served, is_last: bool) -> None:
+        self._let_go(served, is_last=is_last)
         with self._changing:
             own.draining.remove(served)
 
-    def _let_go(self, served: Served) -> None:
+    def _let_go(self, served: Served, *, is_last: bool = True) -> None:
         manifest = served.manifest
         if not served.drained(self.config.drain_s):
             log.warning("%s %s still computes after %g s", manifest.model_name, manifest.model_version, self.config.drain_s)
-        self._maker.retire(served.service)
-        log.info("%s %s is let go of", manifest.model_name, manifest.model_version)
+        if is_last:
+            self._maker.retire(served.service)
+            log.info("%s %s is let go of", manifest.model_name, manifest.model_version)
 
     def _read_policy(self, name: str, own: _Model) -> None:
         path = self._store.policy(name)

@@ -7,6 +7,7 @@ Computing is a generator (`Steps`) that yields between the parts of a very large
 Shape legend: N candidates, B rows, T tasks.
 """
 
+import copy
 import time
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -78,6 +79,12 @@ class RankService:
         self._item_columns = frozenset(engine.schema.item.names)
         self._item_key = item_key or default_item_key(engine.spec)
         self._log = request_log
+
+    def renewed(self, engine: Engine) -> "RankService":
+        """The same service over an engine that has other rows of the same model."""
+        service = copy.copy(self)
+        service.engine = engine
+        return service
 
     def rank(self, request: pb.RankRequest, call: Call) -> Steps:
         """Serialised RankResponse to a RankRequest; raises RequestError or DeadlineError."""
