@@ -65,7 +65,7 @@ def served(dynamic_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     log = tmp_path_factory.mktemp("dynamic") / "log"
     server = PredictorServer(dynamic_bundle, ServeConfig(port=0, device="cpu", log_dir=log))
     try:
-        yield server, f"127.0.0.1:{server.start().grpc}", log
+        yield server, f"127.0.0.1:{server.start().port}", log
     finally:
         server.stop(0)
 
