@@ -24,13 +24,13 @@ from ninerank.errors import DataError, DeadlineError, DeviceError, NinerankError
 from ninerank.features.spec import FeatureSpec
 from ninerank.features.transform import Transform
 from ninerank.predictor.bundle import export_bundle
+from ninerank.predictor.cache.entities import default_item_key
 from ninerank.predictor.call import Call
 from ninerank.predictor.client import PredictorClient, build_request
 from ninerank.predictor.eventloop import on_loop
 from ninerank.predictor.requestlog import read_log
 from ninerank.predictor.serveconfig import ServeConfig
 from ninerank.predictor.server import PredictorServer
-from ninerank.predictor.service import default_item_key
 from ninerank.predictor.wire import encode_column
 from ninerank.proto.v1 import predictor_pb2 as pb
 from ninerank.towers.config import parse_model
@@ -483,9 +483,9 @@ def test_metrics_count_what_happened(start: Callable[..., Served], items_file: P
         "ninerank_candidates_sum 5.0",
         'ninerank_defaulted_columns_total{column="age"} 1.0',
         "ninerank_unknown_candidates_total 1.0",
-        "ninerank_cache_entities 40.0",
-        "ninerank_cache_hits_total 2.0",
-        "ninerank_cache_misses_total 1.0",
+        'ninerank_cache_entities{entity="item"} 40.0',
+        'ninerank_cache_hits_total{entity="item"} 2.0',
+        'ninerank_cache_misses_total{entity="item"} 1.0',
         "ninerank_log_dropped_total 0.0",
     ):
         assert line in lines
@@ -510,7 +510,7 @@ def test_logged_requests_get_exactly_their_scores_again(
         assert np.array_equal(again[:, 0], results[request_id].scores)
     assert logged["ids"].candidate_ids.to_pylist() == ["i1", "nobody", "i7"]
     inline = logged["inline-0"]
-    assert inline.candidate_ids.to_pylist() == inline.input.items.column(own.server.cache.key).to_pylist()
+    assert inline.candidate_ids.to_pylist() == inline.input.items.column(own.server.caches.items.key).to_pylist()
 
 
 def test_a_port_in_use_is_named(served: Served, bundle_dir: Path) -> None:

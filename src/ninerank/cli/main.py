@@ -24,6 +24,7 @@ VERBS = {
     "fuse": "Show what the graph compiler made of a bundle: passes, work before and after, both graphs drawn.",
     "parity": "Run a bundle on two devices and compare them layer by layer: the first layer that diverges is named.",
     "serve": "Serve a bundle over gRPC until SIGTERM or Ctrl-C, then finish what is under way.",
+    "cache": "Features by id in a Redis: load a file, follow updates, look one up.",
     "rank": "Rank one request from a file against a server, or print an example of one.",
     "evaluate": "Measure a run or a bundle on log files: AUC, log loss, calibration, whole and by slice.",
     "replay": "Score a served request log again: parity, changed order, and quality if labels are given.",

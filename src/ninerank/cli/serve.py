@@ -19,7 +19,16 @@ def run(
         str | None,
         typer.Option(help="Column that candidate ids stand for, in --items too. Default: the item id of the sequences, item_id or item."),
     ] = None,
-    cache_mb: Annotated[int, typer.Option(min=1, help="Bound of the feature cache in MB.")] = 1024,
+    users: Annotated[Path | None, typer.Option(help="Parquet file of user features, so that requests may send an id alone.")] = None,
+    user_key: Annotated[str | None, typer.Option(help="Column of the user's id, in --users too. Default: user_id or user.")] = None,
+    features: Annotated[
+        str,
+        typer.Option(help="Where features by id are kept: memory: (--items, --users), or redis://, redis-sentinel://, redis-cluster://..."),
+    ] = "memory:",
+    cache_mb: Annotated[int, typer.Option(min=1, help="Bound of the feature cache of items in MB.")] = 1024,
+    user_cache_mb: Annotated[int, typer.Option(min=1, help="Bound of the feature cache of users in MB.")] = 256,
+    cache_ttl: Annotated[float, typer.Option(min=0.001, help="Seconds until a row of a Redis is asked for anew.")] = 60.0,
+    cache_max_stale: Annotated[float, typer.Option(min=0, help="Seconds beyond that for which it stands in if the Redis fails.")] = 3600.0,
     log_dir: Annotated[Path | None, typer.Option("--log", help="Directory of the request log (Parquet), for `ninerank replay`.")] = None,
     log_sample: Annotated[float, typer.Option(min=0, max=1, help="Share of requests that are logged.")] = 1.0,
     log_seconds: Annotated[float, typer.Option(min=0.1, help="Close a log file after this many seconds.")] = 60.0,
@@ -68,7 +77,12 @@ def run(
             "max_candidates": max_candidates,
             "items": items,
             "item_key": item_key,
+            "users": users,
+            "user_key": user_key,
+            "features": features,
             "cache_bytes": cache_mb << 20,
+            "user_cache_bytes": user_cache_mb << 20,
+            "cache": {"ttl_s": cache_ttl, "max_stale_s": cache_max_stale},
             "log_dir": log_dir,
             "log": {"sample_rate": log_sample, "max_seconds": log_seconds},
             "drain_s": drain_seconds,
@@ -82,8 +96,8 @@ def run(
 def _announce(ready: "Announcement") -> None:
     """The line that scripts wait for; the ports are the last words of what they read."""
     print(f"serving {ready.model_name} {ready.model_version} on {ready.device} at {ready.host}:{ready.port}", flush=True)
-    if ready.cache_entities is not None:
-        print(f"feature cache: {ready.cache_entities:,} items by {ready.cache_key}", flush=True)
+    for line in ready.caches:
+        print(f"feature cache: {line}", flush=True)
     if ready.admin_port is not None:
         print(f"admin at {ready.host}:{ready.admin_port}", flush=True)
     if ready.metrics_port is not None:

@@ -1,13 +1,14 @@
 """What a server says of itself once it answers."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 __all__ = ["Announcement"]
 
 
 @dataclass(frozen=True)
 class Announcement:
-    """port: of gRPC. metrics_port, admin_port: None without these. cache_entities, cache_key: None without a feature cache."""
+    """port: of gRPC. metrics_port, admin_port: None without these. caches: a line each. shared: their memory by kind, for others."""
 
     model_name: str
     model_version: str
@@ -16,5 +17,5 @@ class Announcement:
     port: int
     metrics_port: int | None = None
     admin_port: int | None = None
-    cache_entities: int | None = None
-    cache_key: str | None = None
+    caches: Sequence[str] = ()
+    shared: Mapping[str, str] = field(default_factory=dict)

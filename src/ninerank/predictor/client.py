@@ -21,7 +21,17 @@ from ninerank.predictor.wire import encode_column
 from ninerank.proto.v1 import predictor_pb2 as pb
 from ninerank.proto.v1.predictor_pb2_grpc import PredictorStub
 
-__all__ = ["ClientSecurity", "Defaults", "PredictorClient", "RankResult", "build_request", "failure", "open_channel", "token_metadata"]
+__all__ = [
+    "ClientSecurity",
+    "Defaults",
+    "PredictorClient",
+    "RankResult",
+    "Staleness",
+    "build_request",
+    "failure",
+    "open_channel",
+    "token_metadata",
+]
 
 DEFAULT_TIMEOUT_MS = 5_000
 MAX_MESSAGE_BYTES = 64 << 20
@@ -60,14 +70,33 @@ Items: TypeAlias = Mapping[str, Column] | Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Defaults:
-    """Where the scores rest on defaults: columns sent by nobody, candidates (by index) whose id the server's cache does not know."""
+    """Where the scores rest on defaults: columns sent by nobody, candidates (by index) whose id the server's cache does not know.
+
+    failed_candidates: those whose features may be there but could not be read. unknown_user, failed_user: the same of the user.
+    """
 
     user_columns: tuple[str, ...]
     item_columns: tuple[str, ...]
     unknown_candidates: tuple[int, ...]
+    failed_candidates: tuple[int, ...] = ()
+    unknown_user: bool = False
+    failed_user: bool = False
 
     def __bool__(self) -> bool:
-        return bool(self.user_columns or self.item_columns or self.unknown_candidates)
+        candidates = self.unknown_candidates or self.failed_candidates
+        return bool(self.user_columns or self.item_columns or candidates or self.unknown_user or self.failed_user)
+
+
+@dataclass(frozen=True)
+class Staleness:
+    """Where features past their time stand in for what the store failed to give: candidates by index, the user, age of the oldest."""
+
+    candidates: tuple[int, ...] = ()
+    user: bool = False
+    oldest_ms: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.candidates or self.user)
 
 
 @dataclass(frozen=True)
@@ -86,6 +115,7 @@ class RankResult:
     tasks: Mapping[str, npt.NDArray[np.float32]]
     timings_us: Mapping[str, int]
     defaults_used: Defaults
+    staleness: Staleness = Staleness()
     explanations: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
 
 
@@ -300,7 +330,7 @@ def _array(name: str, values: Any) -> pa.Array:
 
 
 def _result(response: pb.RankResponse) -> RankResult:
-    timings, defaults = response.timings, response.defaults
+    timings, defaults, staleness = response.timings, response.defaults, response.staleness
     return RankResult(
         scores=np.array(response.scores, np.float32),
         order=np.array(response.order, np.int64),
@@ -309,7 +339,15 @@ def _result(response: pb.RankResponse) -> RankResult:
         model_version=response.model_version,
         tasks={task.name: np.array(task.scores, np.float32) for task in response.tasks},
         timings_us={field.name.removesuffix("_us"): getattr(timings, field.name) for field in timings.DESCRIPTOR.fields},
-        defaults_used=Defaults(tuple(defaults.user_columns), tuple(defaults.item_columns), tuple(defaults.unknown_candidates)),
+        defaults_used=Defaults(
+            tuple(defaults.user_columns),
+            tuple(defaults.item_columns),
+            tuple(defaults.unknown_candidates),
+            tuple(defaults.failed_candidates),
+            defaults.unknown_user,
+            defaults.failed_user,
+        ),
+        staleness=Staleness(tuple(staleness.candidates), staleness.user, staleness.oldest_ms),
         explanations=_explanations(response.explanations),
     )
 

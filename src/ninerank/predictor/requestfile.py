@@ -49,8 +49,8 @@ class RequestFile(Config):
 def example_request(bundle_dir: str | Path, num_candidates: int = 10) -> RequestFile:
     """Request made of a bundle's golden rows: the first row's user with the first candidates that differ."""
     from ninerank.predictor.bundle import Bundle  # loads torch, which sending a request does without
+    from ninerank.predictor.cache.entities import default_item_key
     from ninerank.predictor.request import RequestSchema
-    from ninerank.predictor.service import default_item_key
 
     bundle = Bundle.load(bundle_dir)
     schema, rows = RequestSchema.of(bundle.spec), bundle.golden.rows

@@ -6,6 +6,9 @@ from typing import Literal
 from pydantic import Field
 
 from ninerank.config import Config
+from ninerank.predictor.cache.endpoint import MEMORY
+from ninerank.predictor.cache.lookup import CachePolicy
+from ninerank.predictor.cache.opening import DEFAULT_USER_CACHE_BYTES, FeatureSettings
 from ninerank.predictor.request import MAX_CANDIDATES
 from ninerank.predictor.requestlog import LogConfig
 from ninerank.predictor.security import SecurityConfig
@@ -26,7 +29,9 @@ class ServeConfig(Config):
     long the end waits for requests under way.
     admin_port: port of `ninerank.v1.Admin`; security: who may call either port.
     item_key: column that candidate ids stand for, in the items file too (default: the item id of which the spec has sequences, else
-    `item_id` or `item`).
+    `item_id` or `item`). user_key: column of the user's id (default: `user_id` or `user`).
+    features: where features by id are kept: `memory:`, filled from the files `items` and `users`, or the URL of a Redis.
+    shared: memory of another process's caches by kind, which a supervisor fills in.
     """
 
     host: str = "127.0.0.1"
@@ -43,9 +48,33 @@ class ServeConfig(Config):
     max_pending: int = Field(default=256, ge=1)
     max_message_bytes: int = Field(default=16 << 20, ge=1024, le=MAX_GRPC_BYTES)
     max_candidates: int = Field(default=MAX_CANDIDATES, ge=1)
+    features: str = MEMORY
     items: Path | None = None
     item_key: str | None = None
+    users: Path | None = None
+    user_key: str | None = None
     cache_bytes: int = Field(default=1 << 30, ge=1 << 20)
+    user_cache_bytes: int = Field(default=DEFAULT_USER_CACHE_BYTES, ge=1 << 20)
+    cache: CachePolicy = CachePolicy()
+    shared: dict[str, str] = Field(default_factory=dict)
     log_dir: Path | None = None
     log: LogConfig = LogConfig()
     drain_s: float = Field(default=10.0, ge=0, allow_inf_nan=False)
+
+    @property
+    def has_caches(self) -> bool:
+        """Whether there may be feature caches."""
+        return self.features != MEMORY or self.items is not None or self.users is not None
+
+    def feature_settings(self) -> FeatureSettings:
+        """What `open_caches` takes."""
+        return FeatureSettings(
+            url=self.features,
+            items=self.items,
+            users=self.users,
+            item_key=self.item_key,
+            user_key=self.user_key,
+            cache_bytes=self.cache_bytes,
+            user_cache_bytes=self.user_cache_bytes,
+            policy=self.cache,
+        )

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import torch
 
-from ninerank.errors import DataError, DeviceError, nearest
+from ninerank.errors import DeviceError
 from ninerank.predictor.admin import admin_port, admin_service
 from ninerank.predictor.admission import AdmissionQueue
 from ninerank.predictor.announcement import Announcement
-from ninerank.predictor.cache import FeatureCache, load_items
+from ninerank.predictor.cache import open_caches
 from ninerank.predictor.dispatch import Dispatcher
 from ninerank.predictor.engine import Engine
 from ninerank.predictor.eventloop import event_loop, on_loop
@@ -18,7 +18,7 @@ from ninerank.predictor.host import SingleModel
 from ninerank.predictor.requestlog import RequestLog
 from ninerank.predictor.security import Guard, TokenFile
 from ninerank.predictor.serveconfig import ServeConfig
-from ninerank.predictor.service import RankService, default_item_key
+from ninerank.predictor.service import RankService
 from ninerank.predictor.telemetry import Telemetry
 from ninerank.predictor.tls import server_credentials
 from ninerank.proto.v1 import predictor_pb2 as pb
@@ -26,6 +26,7 @@ from ninerank.proto.v1 import predictor_pb2 as pb
 __all__ = ["PredictorServer"]
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Predictor"].full_name
+STORE_WORKERS = 2
 
 
 class PredictorServer:
@@ -36,23 +37,26 @@ class PredictorServer:
         torch.set_num_threads(1)
         self.config = config
         self.engine = Engine.load(bundle_dir, config.device, backend=config.backend, precision=config.precision)
-        self.cache = _items(self.engine, config)
+        self.caches = open_caches(self.engine.spec, config.feature_settings(), config.shared)
         self.log = None
         if config.log_dir is not None:
             self.log = RequestLog(config.log_dir, self.engine.schema, len(self.engine.manifest.tasks), config.log)
-        self.telemetry = Telemetry(self.engine.manifest, self.cache, self.log)
+        self.telemetry = Telemetry(self.engine.manifest, self.caches, self.log)
         self.service = RankService(
             self.engine,
             self.telemetry,
-            items=self.cache,
+            items=self.caches.items,
+            users=self.caches.users,
             item_key=config.item_key,
             request_log=self.log,
         )
         self.host = SingleModel(self.service)
-        self.queue = AdmissionQueue(config.max_pending, max(config.workers, 1))
+        # What waits for a store over the network waits in a thread, and not on the loop that all calls share.
+        workers = max(config.workers, STORE_WORKERS) if self.caches.stores else config.workers
+        self.queue = AdmissionQueue(config.max_pending, max(workers, 1))
         self.front = Front(
             self.host,
-            Dispatcher(self.queue, config.workers, event_loop()),
+            Dispatcher(self.queue, workers, event_loop()),
             max_message_bytes=config.max_message_bytes,
             max_candidates=config.max_candidates,
         )
@@ -69,7 +73,7 @@ class PredictorServer:
         except DeviceError:
             self.stop(0)
             raise
-        manifest, cache = self.engine.manifest, self.cache
+        manifest = self.engine.manifest
         return Announcement(
             manifest.model_name,
             manifest.model_version,
@@ -78,8 +82,8 @@ class PredictorServer:
             taken[0],
             metrics,
             None if config.admin_port is None else taken[1],
-            None if cache is None else cache.stats().entities,
-            None if cache is None else cache.key,
+            self.caches.told(),
+            self.caches.shared,
         )
 
     def stop(self, grace_s: float | None = None) -> None:
@@ -88,6 +92,7 @@ class PredictorServer:
             on_loop(port.close(self.config.drain_s if grace_s is None else grace_s))
         self.front.dispatcher.close()
         self.host.close()
+        self.caches.close()
         if self.log is not None:
             self.log.close()
         self.telemetry.close()
@@ -122,16 +127,3 @@ def _guard(config: ServeConfig) -> Guard | None:
     if security.tokens is None and security.client_ca is None:
         return None
     return Guard(None if security.tokens is None else TokenFile(security.tokens), security.requests_per_s)
-
-
-def _items(engine: Engine, config: ServeConfig) -> FeatureCache | None:
-    """The feature cache that the configuration asks for; raises DataError where its key cannot be told or is no column."""
-    columns = engine.schema.item.names
-    if config.items is None:
-        if config.item_key is not None and config.item_key not in columns:
-            raise DataError(f"item key {config.item_key!r} is no item column; {nearest(config.item_key, columns)}")
-        return None
-    key = config.item_key or default_item_key(engine.spec)
-    if key is None:
-        raise DataError(f"{config.items}: which column holds the ids? name it (--item-key), one of the file's columns")
-    return load_items(config.items, engine.schema.item, key=key, capacity_bytes=config.cache_bytes)

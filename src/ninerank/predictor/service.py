@@ -17,9 +17,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ninerank.errors import DataError, RequestError, nearest
-from ninerank.features.spec import FeatureSpec, IdFeature, SequenceFeature, Side
+from ninerank.features.spec import Side
 from ninerank.predictor.admission import Steps
-from ninerank.predictor.cache import FeatureSource
+from ninerank.predictor.cache import EntityRows, FeatureSource
+from ninerank.predictor.cache.entities import default_item_key
 from ninerank.predictor.call import Call
 from ninerank.predictor.engine import Engine
 from ninerank.predictor.explain import explain
@@ -29,39 +30,41 @@ from ninerank.predictor.telemetry import Telemetry
 from ninerank.predictor.wire import decode_column
 from ninerank.proto.v1 import predictor_pb2 as pb
 
-__all__ = ["RankService", "default_item_key"]
+__all__ = ["RankService"]
 
-ITEM_ID_NAMES = ("item_id", "item")
 MAX_EXPLAINED = 100
 PART_ROWS = 2_048
 """Rows that are computed in one turn: a few milliseconds, which others can wait."""
 
 
-def default_item_key(spec: FeatureSpec) -> str | None:
-    """Column that candidate ids stand for where nobody says: the item id of which the spec has sequences, else `item_id` or `item`."""
-    single = [f for f in spec.features if isinstance(f, IdFeature) and f.side == "item" and not f.multi]
-    targets = {f.of for f in spec.features if isinstance(f, SequenceFeature)}
-    likely = [f.column for f in single if f.name in targets] + [f.column for name in ITEM_ID_NAMES for f in single if f.column == name]
-    return likely[0] if likely else None
-
-
 @dataclass(frozen=True)
 class _Asked:
-    """A rank request as columns. missing: those that nobody sent. unknown: candidates that the cache does not know."""
+    """A rank request as columns. missing: those that nobody sent. items, user: what the cache said of them, if it was asked."""
 
     input: RankInput
     ids: pa.Array | None
     user_missing: tuple[str, ...]
     item_missing: tuple[str, ...]
-    unknown: Sequence[int]
+    items: EntityRows | None
+    user: EntityRows | None
     decoded_ns: int
     cached_ns: int
+
+    @property
+    def unknown(self) -> list[int]:
+        """Candidates that the cache knows not to exist."""
+        if self.items is None:
+            return []
+        unknown_N = ~self.items.known_N if self.items.failed_N is None else ~(self.items.known_N | self.items.failed_N)
+        unknown: list[int] = unknown_N.nonzero()[0].tolist()
+        return unknown
 
 
 class RankService:
     """Answers calls with one engine, from any number of threads at once.
 
-    items: where candidate ids are looked up. item_key: column that candidate ids stand for where there is no `items`.
+    items: where candidate ids are looked up. item_key: column that candidate ids stand for where there is no `items`. users: where the
+    user's features are looked up that a request lacks.
     """
 
     def __init__(
@@ -70,12 +73,14 @@ class RankService:
         telemetry: Telemetry,
         *,
         items: FeatureSource | None = None,
+        users: FeatureSource | None = None,
         item_key: str | None = None,
         request_log: RequestLog | None = None,
     ) -> None:
         self.engine = engine
         self.telemetry = telemetry
-        self._items = items
+        self._items, self._users = items, users
+        self._user_columns = frozenset(engine.schema.request.names)
         self._item_columns = frozenset(engine.schema.item.names)
         self._item_key = item_key or default_item_key(engine.spec)
         self._log = request_log
@@ -105,14 +110,15 @@ class RankService:
         response = self._response(call, output, tasks)
         response.defaults.user_columns.extend(asked.user_missing)
         response.defaults.item_columns.extend(asked.item_missing)
-        response.defaults.unknown_candidates.extend(asked.unknown)
+        _set_lookups(response, asked)
         if request.explain_top:
             yield from self._explain(response, asked.input, output, tasks[0] if tasks else 0, request.explain_top)
         times_us = self._times_us(call, started_ns, asked.decoded_ns, asked.cached_ns, output.times)
         if self._log is not None:
             self._write_log(call, request, asked, output, times_us)
         _set_timings(response.timings, times_us)
-        self._observe(request.num_candidates, times_us, (*asked.user_missing, *asked.item_missing), len(asked.unknown))
+        self._observe(request.num_candidates, times_us, (*asked.user_missing, *asked.item_missing))
+        self._observe_lookups(asked)
         answer: bytes = response.SerializeToString()
         return answer
 
@@ -134,7 +140,7 @@ class RankService:
         computed = StageTimes(0, 0, (time.perf_counter_ns() - decoded_ns) // 1000)
         times_us = self._times_us(call, started_ns, decoded_ns, decoded_ns, computed)
         _set_timings(response.timings, times_us)
-        self._observe(request.num_rows, times_us, (*user_missing, *item_missing), 0)
+        self._observe(request.num_rows, times_us, (*user_missing, *item_missing))
         answer: bytes = response.SerializeToString()
         return answer
 
@@ -176,7 +182,7 @@ class RankService:
 
     def _columns(self, request: pb.RankRequest, call: Call) -> _Asked:
         schema, count = self.engine.schema, request.num_candidates
-        user, user_missing = schema.conform("request", self._decode("request", request.user, 1), 1)
+        sent = self._decode("request", request.user, 1)
         ids = decode_column(request.candidate_ids, count) if request.HasField("candidate_ids") else None
         if ids is not None and pa.types.is_list(ids.type):
             raise RequestError("candidate_ids holds lists, one id a candidate is needed")
@@ -185,12 +191,14 @@ class RankService:
         given = self._decode("item", request.item_features, count)
         decoded_ns = time.perf_counter_ns()
         call.check_deadline()
-        columns, unknown = self._complete(ids, given)
+        user_columns, of_user = self._complete_user(sent, call)
+        user, user_missing = schema.conform("request", user_columns, 1)
+        columns, of_items = self._complete(ids, given, call)
         items, item_missing = schema.conform("item", columns, count)
         cached_ns = time.perf_counter_ns()
         call.check_deadline()
         logged_ids = given.get(self._item_key or "") if ids is None else ids
-        return _Asked(RankInput(user, items), logged_ids, user_missing, item_missing, unknown, decoded_ns, cached_ns)
+        return _Asked(RankInput(user, items), logged_ids, user_missing, item_missing, of_items, of_user, decoded_ns, cached_ns)
 
     def _decode(self, side: Side, columns: Iterable[pb.Column], num_rows: int) -> dict[str, pa.Array]:
         decoded: dict[str, pa.Array] = {}
@@ -202,18 +210,25 @@ class RankService:
             decoded[column.name] = decode_column(column, num_rows)
         return decoded
 
-    def _complete(self, ids: pa.Array | None, given: dict[str, pa.Array]) -> tuple[dict[str, pa.Array], Sequence[int]]:
-        """Item columns of request and cache together, and the candidates that the cache does not know."""
+    def _complete(self, ids: pa.Array | None, given: dict[str, pa.Array], call: Call) -> tuple[dict[str, pa.Array], EntityRows | None]:
+        """Item columns of request and cache together, and what the cache said."""
         wanted = self._item_columns
         if ids is None or wanted <= given.keys():
-            return given, ()
+            return given, None
         if self._items is not None:
-            rows = self._items.fetch(ids)
+            rows = self._items.fetch(ids, call.deadline_ns)
             known = {name: array for name, array in rows.columns.items() if name in wanted}
-            return {**known, **given}, (~rows.known_N).nonzero()[0].tolist()
+            return {**known, **given}, rows
         if self._item_key is not None and self._item_key not in given:
-            return {**given, self._item_key: ids}, ()
-        return given, ()
+            return {**given, self._item_key: ids}, None
+        return given, None
+
+    def _complete_user(self, sent: dict[str, pa.Array], call: Call) -> tuple[dict[str, pa.Array], EntityRows | None]:
+        """Request-level columns of request and cache together, and what the cache said; nothing where all or no id was sent."""
+        if self._users is None or self._users.key not in sent or self._user_columns <= sent.keys():
+            return sent, None
+        rows = self._users.fetch(sent[self._users.key], call.deadline_ns)
+        return {**{name: array for name, array in rows.columns.items() if name in self._user_columns}, **sent}, rows
 
     def _rows(self, request: pb.ScoreRequest) -> tuple[pa.RecordBatch, tuple[str, ...], tuple[str, ...]]:
         """Rows with all the spec's columns, and the request-level and item columns that were left out."""
@@ -289,14 +304,55 @@ class RankService:
             "total": (time.perf_counter_ns() - call.arrived_ns) // 1000,
         }
 
-    def _observe(self, count: int, times_us: dict[str, int], defaulted: tuple[str, ...], unknown: int) -> None:
+    def _observe(self, count: int, times_us: dict[str, int], defaulted: tuple[str, ...]) -> None:
         telemetry = self.telemetry
         telemetry.observe_stages(times_us)
         telemetry.candidates.observe(count)
         for column in defaulted:
             telemetry.defaulted_columns.labels(column).inc()
-        if unknown:
-            telemetry.unknown_candidates.inc(unknown)
+
+    def _observe_lookups(self, asked: _Asked) -> None:
+        telemetry = self.telemetry
+        if asked.items is not None:
+            for counter, count in (
+                (telemetry.unknown_candidates, len(asked.unknown)),
+                (telemetry.failed_candidates, _count(asked.items.failed_N)),
+                (telemetry.stale_candidates, _count(asked.items.stale_N)),
+            ):
+                if count:
+                    counter.inc(count)
+        if asked.user is not None:
+            telemetry.users.labels(_outcome(asked.user)).inc()
+
+
+def _set_lookups(response: pb.RankResponse, asked: _Asked) -> None:
+    """Say what the answer lacks and where it is old."""
+    defaults = response.defaults
+    defaults.unknown_candidates.extend(asked.unknown)
+    if asked.items is not None:
+        if asked.items.failed_N is not None:
+            defaults.failed_candidates.extend(asked.items.failed_N.nonzero()[0].tolist())
+        if asked.items.stale_N is not None:
+            response.staleness.candidates.extend(asked.items.stale_N.nonzero()[0].tolist())
+    if asked.user is not None:
+        outcome = _outcome(asked.user)
+        defaults.unknown_user, defaults.failed_user = outcome == "unknown", outcome == "failed"
+        if outcome == "stale":
+            response.staleness.user = True
+    oldest_ms = max([rows.oldest_ms for rows in (asked.items, asked.user) if rows is not None], default=0)
+    if oldest_ms:
+        response.staleness.oldest_ms = min(oldest_ms, 0xFFFFFFFF)
+
+
+def _outcome(user: EntityRows) -> str:
+    """known, unknown, failed or stale."""
+    if _count(user.failed_N):
+        return "failed"
+    return "unknown" if not user.known_N[0] else "stale" if _count(user.stale_N) else "known"
+
+
+def _count(flags_N: npt.NDArray[np.bool_] | None) -> int:
+    return 0 if flags_N is None else int(np.count_nonzero(flags_N))
 
 
 def _set_timings(timings: pb.Timings, times_us: dict[str, int]) -> None:

@@ -63,13 +63,17 @@ class Supervisor:
         self._port_holder, port = hold_port(self._config.host, self._config.port)
         self._config = self._config.model_copy(update={"port": port, "reuse_port": True, "metrics_port": None, "admin_port": None})
         try:
-            for place in range(self._config.processes):
-                self._begin(place)
-            for worker in list(self._workers.values()):
-                if not worker.settled.wait(START_S):
-                    raise DeviceError(f"a worker process did not answer within {START_S:g} s")
-                if worker.failure is not None:
-                    raise worker.failure
+            places = list(range(self._config.processes))
+            # The memory of feature caches is the first one's, which the others map: it is there before they start.
+            for part in (places[:1], places[1:]) if self._config.has_caches else (places,):
+                for place in part:
+                    self._begin(place)
+                for place in part:
+                    worker = self._workers[place]
+                    if not worker.settled.wait(START_S):
+                        raise DeviceError(f"a worker process did not answer within {START_S:g} s")
+                    if worker.failure is not None:
+                        raise worker.failure
         except BaseException:
             self.stop(0)
             raise
@@ -143,8 +147,11 @@ class Supervisor:
         assert process.stdin is not None
         assert process.stdout is not None
         worker = _Worker(place, process)
+        with self._lock:
+            shared = next((other.ready.shared for other in self._workers.values() if other.ready is not None), {})
+        config = self._config.model_copy(update={"shared": dict(shared)})
         with contextlib.suppress(OSError):  # it is dead already: its output ends
-            process.stdin.write(json.dumps({"bundle": str(self._bundle_dir), "config": self._config.model_dump(mode="json")}) + "\n")
+            process.stdin.write(json.dumps({"bundle": str(self._bundle_dir), "config": config.model_dump(mode="json")}) + "\n")
             process.stdin.flush()
         with self._lock:
             self._workers[place] = worker

@@ -12,7 +12,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from ninerank.predictor.cache import FeatureCache
+from ninerank.predictor.cache import FeatureCaches
+from ninerank.predictor.cache.metrics import CacheCollector
 from ninerank.predictor.manifest import Manifest
 from ninerank.predictor.requestlog import RequestLog
 
@@ -26,7 +27,7 @@ CANDIDATE_BUCKETS = (1, 10, 50, 100, 200, 300, 500, 1_000, 2_000, 5_000, 10_000)
 class Telemetry:
     """Metrics of one server, under the names `ninerank_*`."""
 
-    def __init__(self, manifest: Manifest, cache: FeatureCache | None = None, request_log: RequestLog | None = None) -> None:
+    def __init__(self, manifest: Manifest, caches: FeatureCaches | None = None, request_log: RequestLog | None = None) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter("ninerank_requests", "Requests answered, by gRPC status", ["status"], registry=self.registry)
         self.calls = Counter(
@@ -45,7 +46,16 @@ class Telemetry:
         self.unknown_candidates = Counter(
             "ninerank_unknown_candidates", "Candidates whose id the feature cache did not know", registry=self.registry
         )
-        self.registry.register(_Held(manifest, cache, request_log))
+        self.failed_candidates = Counter(
+            "ninerank_failed_candidates", "Candidates whose features could not be read from the store", registry=self.registry
+        )
+        self.stale_candidates = Counter(
+            "ninerank_stale_candidates", "Candidates whose features were past their time, since the store failed", registry=self.registry
+        )
+        self.users = Counter("ninerank_users", "Users looked up by id, by what came of it", ["outcome"], registry=self.registry)
+        self.registry.register(_Held(manifest, request_log))
+        if caches is not None:
+            self.registry.register(CacheCollector(caches))
         self._http: tuple[WSGIServer, threading.Thread] | None = None
 
     def arrived(self) -> None:
@@ -79,8 +89,8 @@ class Telemetry:
 class _Held(Collector):
     """Figures that others hold, read when Prometheus asks."""
 
-    def __init__(self, manifest: Manifest, cache: FeatureCache | None, request_log: RequestLog | None) -> None:
-        self._manifest, self._cache, self._log = manifest, cache, request_log
+    def __init__(self, manifest: Manifest, request_log: RequestLog | None) -> None:
+        self._manifest, self._log = manifest, request_log
         self._started = time.time()
 
     def collect(self) -> Iterator[Metric]:
@@ -91,14 +101,6 @@ class _Held(Collector):
             value={"name": manifest.model_name, "version": manifest.model_version, "spec_digest": manifest.spec_digest},
         )
         yield GaugeMetricFamily("ninerank_start_time_seconds", "Unix time at which the server started", value=self._started)
-        if self._cache is not None:
-            stats = self._cache.stats()
-            yield GaugeMetricFamily("ninerank_cache_entities", "Entities in the feature cache", value=stats.entities)
-            yield GaugeMetricFamily("ninerank_cache_used_bytes", "Bytes in the feature cache", value=stats.used_bytes)
-            yield GaugeMetricFamily("ninerank_cache_capacity_bytes", "Bytes that the feature cache may hold", value=stats.capacity_bytes)
-            yield CounterMetricFamily("ninerank_cache_hits", "Ids found in the feature cache", value=stats.hits)
-            yield CounterMetricFamily("ninerank_cache_misses", "Ids not found in the feature cache", value=stats.misses)
-            yield CounterMetricFamily("ninerank_cache_evictions", "Rows evicted from the feature cache", value=stats.evictions)
         if self._log is not None:
             written = self._log.stats()
             yield CounterMetricFamily("ninerank_log_written", "Requests written to the request log", value=written.written)

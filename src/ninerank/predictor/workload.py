@@ -56,7 +56,7 @@ def requests_of_bundle(
     Raises DataError where `ids` are asked for and no column of ids is known, or a column is missing.
     """
     from ninerank.predictor.bundle import Bundle  # loads torch
-    from ninerank.predictor.service import default_item_key
+    from ninerank.predictor.cache.entities import default_item_key
 
     bundle = Bundle.load(bundle_dir)
     schema, rows = RequestSchema.of(bundle.spec), bundle.golden.rows

@@ -155,6 +155,10 @@ class FeatureCache:
         """Rows of `ids` are asked for anew from now on, and stand in if the store fails; how many the memory held."""
         return self._table.invalidate(Ids(self._conform(ids)))
 
+    def invalidate_all(self) -> None:
+        """The same of every row."""
+        self._table.invalidate_all()
+
     def clear(self) -> None:
         """Forget every row."""
         self._table.clear()

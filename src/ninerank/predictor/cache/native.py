@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ninerank.features.native import jit, load_u8, load_u64
 
-__all__ = ["copy", "equal", "fence", "load_sequence", "store_i64", "store_sequence", "store_u8", "store_u32"]
+__all__ = ["copy", "equal", "fence", "load_sequence", "prefetch", "store_i64", "store_sequence", "store_u8", "store_u32"]
 
 SEQUENCE_BYTES = 8
 
@@ -71,6 +72,20 @@ def _fence(typingctx: Any) -> Any:
     return types.void(), codegen
 
 
+def _prefetch(typingctx: Any, address: Any) -> Any:
+    """Ask for the cache line at an address (int64); never faults."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+        function_type = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+        function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")  # type: ignore[no-untyped-call]
+        builder.call(function, [builder.inttoptr(arguments[0], byte), word(0), word(3), word(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+prefetch: Any = intrinsic(_prefetch)
 load_sequence: Any = intrinsic(_load_sequence)
 store_sequence: Any = intrinsic(_store_sequence)
 fence: Any = intrinsic(_fence)

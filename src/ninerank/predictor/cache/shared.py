@@ -174,6 +174,12 @@ class SharedTable:
         with self._writing(10.0) as may:
             return int(slots.invalidate(self._base, ids.address, ids.ends_address, len(ids), time.monotonic_ns())) if may else 0
 
+    def invalidate_all(self) -> None:
+        """Every value is past its time."""
+        with self._writing(10.0) as may:
+            if may:
+                slots.invalidate_all(self._base, time.monotonic_ns())
+
     def clear(self) -> None:
         """Empty the table."""
         with self._writing(10.0) as may:

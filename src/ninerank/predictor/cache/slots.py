@@ -22,9 +22,9 @@ import numpy as np
 from ninerank.features.hashing import xxh64
 from ninerank.features.native import jit, load_i32, load_i64, load_u8, load_u32
 from ninerank.predictor.cache.layout import EVENT_AT
-from ninerank.predictor.cache.native import copy, equal, fence, load_sequence, store_i64, store_sequence, store_u8, store_u32
+from ninerank.predictor.cache.native import copy, equal, fence, load_sequence, prefetch, store_i64, store_sequence, store_u8, store_u32
 
-__all__ = ["clear", "find", "invalidate", "put", "rebuild"]
+__all__ = ["clear", "find", "invalidate", "invalidate_all", "put", "rebuild"]
 
 HEADER_BYTES: Final = 512
 STRIPES: Final = 4096
@@ -43,6 +43,8 @@ FREE_STATE, FIRST, MORE = 0, 1, 2
 # What `find` says of an id.
 MISS, HIT, EXPIRED, NEGATIVE, NEGATIVE_EXPIRED, BUSY = range(6)
 ATTEMPTS: Final = 1000
+LINE_BYTES: Final = 64
+MAX_LINES: Final = 8
 MAX_CHAIN: Final = 4096
 # What `put` says of a row.
 STORED, OLDER, TOO_LARGE, OVERTAKEN = range(4)
@@ -138,6 +140,23 @@ def _entry_of(base, bucket, h, id_at, id_bytes):  # type: ignore[no-untyped-def]
 
 
 @jit
+def _fetch_ahead(base, ids_at, ends_at, count):  # type: ignore[no-untyped-def]
+    """Ask for the memory of all buckets, then of all their first entries, so that the waits for it overlap."""
+    bucket_N = np.empty(count, np.int64)
+    for row in range(count):
+        start = np.int64(load_i32(ends_at + 4 * row))
+        bucket_N[row] = _bucket(base, xxh64(ids_at + start, np.int64(load_i32(ends_at + 4 * row + 4)) - start, SEED))
+        prefetch(bucket_N[row])
+    num_blocks, lines = _word(base, NUM_BLOCKS), min(_word(base, BLOCK_BYTES) // LINE_BYTES + 1, MAX_LINES)
+    for row in range(count):
+        index = load_i64(bucket_N[row] + 8) - 1
+        if 0 <= index < num_blocks:
+            entry = _block(base, index)
+            for line in range(lines):
+                prefetch(entry + LINE_BYTES * line)
+
+
+@jit
 def find(base, ids_at, ends_at, now, target, room, address_N, length_N, fetched_N, status_N):  # type: ignore[no-untyped-def]
     """Look ids up and copy their values one behind the other to `target`, which has `room` bytes.
 
@@ -145,6 +164,7 @@ def find(base, ids_at, ends_at, now, target, room, address_N, length_N, fetched_
     where that is more than `room`, those that did not fit are not there, and the call is made again with more.
     """
     used = np.int64(0)
+    _fetch_ahead(base, ids_at, ends_at, address_N.shape[0])
     for row in range(address_N.shape[0]):
         start = np.int64(load_i32(ends_at + 4 * row))
         id_at, id_bytes = ids_at + start, np.int64(load_i32(ends_at + 4 * row + 4)) - start
@@ -369,6 +389,17 @@ def invalidate(base, ids_at, ends_at, count, now):  # type: ignore[no-untyped-de
             store_i64(_block(base, index) + FRESH_UNTIL, np.int64(0))
             held += 1
     return held
+
+
+@jit
+def invalidate_all(base, now):  # type: ignore[no-untyped-def]
+    """Every value is past its time from now on."""
+    for stripe in range(STRIPES):
+        store_i64(base + HEADER_BYTES + 8 * stripe, np.int64(now))
+    for index in range(_word(base, UNUSED)):
+        block = _block(base, index)
+        if load_u8(block + STATE) == FIRST:
+            store_i64(block + FRESH_UNTIL, np.int64(0))
 
 
 @jit

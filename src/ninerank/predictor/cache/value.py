@@ -113,6 +113,17 @@ class RowFormat:
             self._check_text(values, bad_N)
         return bad_N
 
+    def read(self, value: bytes, what: str) -> dict[str, Any]:
+        """One value as plain Python, with its event time as `event_time_us`; raises DataError that names `what` for one that is none."""
+        packed = Packed.of([value])
+        bad = BAD[int(self.check(packed)[0])]
+        if bad or not value:
+            own = self.digest.hex()
+            said = {"schema": f"of schema {value[8:16].hex()}, servers of this spec read {own}"}.get(bad, bad or "empty")
+            raise DataError(f"{what} is {said}; `ninerank cache load` writes it anew")
+        row: dict[str, Any] = {name: column[0].as_py() for name, column in self.decode(packed).items()}
+        return {**row, "event_time_us": int.from_bytes(value[layout.EVENT_AT : layout.EVENT_AT + 8], "little", signed=True)}
+
     def decode(self, values: Packed) -> dict[str, pa.Array]:
         """Columns of values that `check` found nothing wrong with; a value of no bytes has no features.
 

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bninerank/v1/predictor.proto\x12\x0bninerank.v1\"\x82\x03\n\x0bRankRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x15\n\rmodel_version\x18\x03 \x01(\t\x12!\n\x04user\x18\x04 \x03(\x0b\x32\x13.ninerank.v1.Column\x12\x16\n\x0enum_candidates\x18\x05 \x01(\r\x12*\n\rcandidate_ids\x18\x06 \x01(\x0b\x32\x13.ninerank.v1.Column\x12*\n\ritem_features\x18\x07 \x03(\x0b\x32\x13.ninerank.v1.Column\x12\r\n\x05top_k\x18\x08 \x01(\r\x12\x12\n\ntimeout_ms\x18\t \x01(\r\x12\r\n\x05tasks\x18\n \x03(\t\x12\x13\n\x0b\x65xplain_top\x18\x0b \x01(\r\x12\'\n\x08priority\x18\x0c \x01(\x0e\x32\x15.ninerank.v1.Priority\x12\x0f\n\x07session\x18\r \x01(\t\x12\x14\n\x0cpropensities\x18\x0f \x03(\x01J\x04\x08\x0e\x10\x0fJ\x04\x08\x10\x10\x14\"\xc9\x01\n\x06\x43olumn\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0cint64_values\x18\x02 \x01(\x0cH\x00\x12\x18\n\x0e\x66loat32_values\x18\x03 \x01(\x0cH\x00\x12\x18\n\x0e\x66loat64_values\x18\x04 \x01(\x0cH\x00\x12-\n\rstring_values\x18\x05 \x01(\x0b\x32\x14.ninerank.v1.StringsH\x00\x12\x14\n\x0clist_offsets\x18\x06 \x01(\x0c\x12\x10\n\x08validity\x18\x07 \x01(\x0c\x42\x08\n\x06valuesJ\x04\x08\x08\x10\r\"(\n\x07Strings\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0f\n\x07offsets\x18\x02 \x01(\x0c\"\xa1\x02\n\x0cRankResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x15\n\rmodel_version\x18\x03 \x01(\t\x12\x0e\n\x06scores\x18\x04 \x03(\x02\x12\r\n\x05order\x18\x05 \x03(\r\x12&\n\x05tasks\x18\x06 \x03(\x0b\x32\x17.ninerank.v1.TaskScores\x12%\n\x07timings\x18\x07 \x01(\x0b\x32\x14.ninerank.v1.Timings\x12\'\n\x08\x64\x65\x66\x61ults\x18\x08 \x01(\x0b\x32\x15.ninerank.v1.Defaults\x12/\n\x0c\x65xplanations\x18\n \x01(\x0b\x32\x19.ninerank.v1.ExplanationsJ\x04\x08\t\x10\nJ\x04\x08\x0b\x10\x14\"d\n\x0c\x45xplanations\x12\x10\n\x08\x66\x65\x61tures\x18\x01 \x03(\t\x12\x12\n\ncandidates\x18\x02 \x03(\r\x12\x15\n\rcontributions\x18\x03 \x03(\x02\x12\x11\n\tbaselines\x18\x04 \x03(\x02J\x04\x08\x05\x10\n\"r\n\x12RankStreamResponse\x12-\n\x08response\x18\x01 \x01(\x0b\x32\x19.ninerank.v1.RankResponseH\x00\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.ninerank.v1.ErrorH\x00\x42\x08\n\x06\x61nswer\"X\n\x05\x45rror\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04\x63ode\x18\x02 \x01(\r\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x04 \x01(\rJ\x04\x08\x05\x10\n\"\xd8\x01\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x15\n\rmodel_version\x18\x03 \x01(\t\x12\x10\n\x08num_rows\x18\x04 \x01(\r\x12%\n\x08\x66\x65\x61tures\x18\x05 \x03(\x0b\x32\x13.ninerank.v1.Column\x12\x12\n\ntimeout_ms\x18\x06 \x01(\r\x12\r\n\x05tasks\x18\x07 \x03(\t\x12\'\n\x08priority\x18\x08 \x01(\x0e\x32\x15.ninerank.v1.PriorityJ\x04\x08\t\x10\x10\"\xcc\x01\n\rScoreResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x15\n\rmodel_version\x18\x03 \x01(\t\x12&\n\x05tasks\x18\x04 \x03(\x0b\x32\x17.ninerank.v1.TaskScores\x12%\n\x07timings\x18\x05 \x01(\x0b\x32\x14.ninerank.v1.Timings\x12\'\n\x08\x64\x65\x66\x61ults\x18\x06 \x01(\x0b\x32\x15.ninerank.v1.DefaultsJ\x04\x08\x07\x10\x10\"?\n\x12ModelStatusRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\"@\n\x13ModelStatusResponse\x12)\n\x06models\x18\x01 \x03(\x0b\x32\x19.ninerank.v1.ModelVersion\"\x8e\x02\n\x0cModelVersion\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12.\n\x05state\x18\x03 \x01(\x0e\x32\x1f.ninerank.v1.ModelVersion.State\x12\x13\n\x0bspec_digest\x18\x04 \x01(\t\x12\r\n\x05tasks\x18\x05 \x03(\t\x12\x13\n\x0bloaded_at_s\x18\x06 \x01(\x01\x12\x0e\n\x06leases\x18\x07 \x01(\r\x12\x0e\n\x06reason\x18\x08 \x01(\t\"P\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x0b\n\x07LOADING\x10\x01\x12\t\n\x05READY\x10\x02\x12\x0c\n\x08\x44RAINING\x10\x03\x12\n\n\x06\x46\x41ILED\x10\x04J\x04\x08\t\x10\x14\"C\n\x10LoadModelRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\tJ\x04\x08\x03\x10\n\"=\n\x11LoadModelResponse\x12(\n\x05model\x18\x01 \x01(\x0b\x32\x19.ninerank.v1.ModelVersion\"E\n\x12UnloadModelRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\tJ\x04\x08\x03\x10\n\"?\n\x13UnloadModelResponse\x12(\n\x05model\x18\x01 \x01(\x0b\x32\x19.ninerank.v1.ModelVersion\"*\n\nTaskScores\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06scores\x18\x02 \x03(\x02\"\x95\x01\n\x07Timings\x12\x10\n\x08queue_us\x18\x01 \x01(\r\x12\x11\n\tdecode_us\x18\x02 \x01(\r\x12\x10\n\x08\x63\x61\x63he_us\x18\x03 \x01(\r\x12\x14\n\x0ctransform_us\x18\x04 \x01(\r\x12\x11\n\tlookup_us\x18\x05 \x01(\r\x12\x12\n\ncompute_us\x18\x06 \x01(\r\x12\x10\n\x08total_us\x18\x07 \x01(\rJ\x04\x08\x08\x10\x10\"X\n\x08\x44\x65\x66\x61ults\x12\x14\n\x0cuser_columns\x18\x01 \x03(\t\x12\x14\n\x0citem_columns\x18\x02 \x03(\t\x12\x1a\n\x12unknown_candidates\x18\x03 \x03(\rJ\x04\x08\x04\x10\n*D\n\x08Priority\x12\x13\n\x0fPRIORITY_NORMAL\x10\x00\x12\x11\n\rPRIORITY_HIGH\x10\x01\x12\x10\n\x0cPRIORITY_LOW\x10\x02\x32\xa7\x02\n\tPredictor\x12;\n\x04Rank\x12\x18.ninerank.v1.RankRequest\x1a\x19.ninerank.v1.RankResponse\x12K\n\nRankStream\x12\x18.ninerank.v1.RankRequest\x1a\x1f.ninerank.v1.RankStreamResponse(\x01\x30\x01\x12>\n\x05Score\x12\x19.ninerank.v1.ScoreRequest\x1a\x1a.ninerank.v1.ScoreResponse\x12P\n\x0bModelStatus\x12\x1f.ninerank.v1.ModelStatusRequest\x1a .ninerank.v1.ModelStatusResponse2\xa5\x01\n\x05\x41\x64min\x12J\n\tLoadModel\x12\x1d.ninerank.v1.LoadModelRequest\x1a\x1e.ninerank.v1.LoadModelResponse\x12P\n\x0bUnloadModel\x12\x1f.ninerank.v1.UnloadModelRequest\x1a .ninerank.v1.UnloadModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bninerank/v1/predictor.proto\x12\x0bninerank.v1\"\x82\x03\n\x0bRankRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x15\n\rmodel_version\x18\x03 \x01(\t\x12!\n\x04user\x18\x04 \x03(\x0b\x32\x13.ninerank.v1.Column\x12\x16\n\x0enum_candidates\x18\x05 \x01(\r\x12*\n\rcandidate_ids\x18\x06 \x01(\x0b\x32\x13.ninerank.v1.Column\x12*\n\ritem_features\x18\x07 \x03(\x0b\x32\x13.ninerank.v1.Column\x12\r\n\x05top_k\x18\x08 \x01(\r\x12\x12\n\ntimeout_ms\x18\t \x01(\r\x12\r\n\x05tasks\x18\n \x03(\t\x12\x13\n\x0b\x65xplain_top\x18\x0b \x01(\r\x12\'\n\x08priority\x18\x0c \x01(\x0e\x32\x15.ninerank.v1.Priority\x12\x0f\n\x07session\x18\r \x01(\t\x12\x14\n\x0cpropensities\x18\x0f \x03(\x01J\x04\x08\x0e\x10\x0fJ\x04\x08\x10\x10\x14\"\xc9\x01\n\x06\x43olumn\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0cint64_values\x18\x02 \x01(\x0cH\x00\x12\x18\n\x0e\x66loat32_values\x18\x03 \x01(\x0cH\x00\x12\x18\n\x0e\x66loat64_values\x18\x04 \x01(\x0cH\x00\x12-\n\rstring_values\x18\x05 \x01(\x0b\x32\x14.ninerank.v1.StringsH\x00\x12\x14\n\x0clist_offsets\x18\x06 \x01(\x0c\x12\x10\n\x08validity\x18\x07 \x01(\x0c\x42\x08\n\x06valuesJ\x04\x08\x08\x10\r\"(\n\x07Strings\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0f\n\x07offsets\x18\x02 \x01(\x0c\"\xd2\x02\n\x0cRankResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x15\n\rmodel_version\x18\x03 \x01(\t\x12\x0e\n\x06scores\x18\x04 \x03(\x02\x12\r\n\x05order\x18\x05 \x03(\r\x12&\n\x05tasks\x18\x06 \x03(\x0b\x32\x17.ninerank.v1.TaskScores\x12%\n\x07timings\x18\x07 \x01(\x0b\x32\x14.ninerank.v1.Timings\x12\'\n\x08\x64\x65\x66\x61ults\x18\x08 \x01(\x0b\x32\x15.ninerank.v1.Defaults\x12/\n\x0c\x65xplanations\x18\n \x01(\x0b\x32\x19.ninerank.v1.Explanations\x12)\n\tstaleness\x18\x0c \x01(\x0b\x32\x16.ninerank.v1.StalenessJ\x04\x08\t\x10\nJ\x04\x08\x0b\x10\x0cJ\x04\x08\r\x10\x14\"d\n\x0c\x45xplanations\x12\x10\n\x08\x66\x65\x61tures\x18\x01 \x03(\t\x12\x12\n\ncandidates\x18\x02 \x03(\r\x12\x15\n\rcontributions\x18\x03 \x03(\x02\x12\x11\n\tbaselines\x18\x04 \x03(\x02J\x04\x08\x05\x10\n\"r\n\x12RankStreamResponse\x12-\n\x08response\x18\x01 \x01(\x0b\x32\x19.ninerank.v1.RankResponseH\x00\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.ninerank.v1.ErrorH\x00\x42\x08\n\x06\x61nswer\"X\n\x05\x45rror\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04\x63ode\x18\x02 \x01(\r\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x04 \x01(\rJ\x04\x08\x05\x10\n\"\xd8\x01\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x15\n\rmodel_version\x18\x03 \x01(\t\x12\x10\n\x08num_rows\x18\x04 \x01(\r\x12%\n\x08\x66\x65\x61tures\x18\x05 \x03(\x0b\x32\x13.ninerank.v1.Column\x12\x12\n\ntimeout_ms\x18\x06 \x01(\r\x12\r\n\x05tasks\x18\x07 \x03(\t\x12\'\n\x08priority\x18\x08 \x01(\x0e\x32\x15.ninerank.v1.PriorityJ\x04\x08\t\x10\x10\"\xcc\x01\n\rScoreResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x15\n\rmodel_version\x18\x03 \x01(\t\x12&\n\x05tasks\x18\x04 \x03(\x0b\x32\x17.ninerank.v1.TaskScores\x12%\n\x07timings\x18\x05 \x01(\x0b\x32\x14.ninerank.v1.Timings\x12\'\n\x08\x64\x65\x66\x61ults\x18\x06 \x01(\x0b\x32\x15.ninerank.v1.DefaultsJ\x04\x08\x07\x10\x10\"?\n\x12ModelStatusRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\"@\n\x13ModelStatusResponse\x12)\n\x06models\x18\x01 \x03(\x0b\x32\x19.ninerank.v1.ModelVersion\"\x8e\x02\n\x0cModelVersion\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12.\n\x05state\x18\x03 \x01(\x0e\x32\x1f.ninerank.v1.ModelVersion.State\x12\x13\n\x0bspec_digest\x18\x04 \x01(\t\x12\r\n\x05tasks\x18\x05 \x03(\t\x12\x13\n\x0bloaded_at_s\x18\x06 \x01(\x01\x12\x0e\n\x06leases\x18\x07 \x01(\r\x12\x0e\n\x06reason\x18\x08 \x01(\t\"P\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x0b\n\x07LOADING\x10\x01\x12\t\n\x05READY\x10\x02\x12\x0c\n\x08\x44RAINING\x10\x03\x12\n\n\x06\x46\x41ILED\x10\x04J\x04\x08\t\x10\x14\"C\n\x10LoadModelRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\tJ\x04\x08\x03\x10\n\"=\n\x11LoadModelResponse\x12(\n\x05model\x18\x01 \x01(\x0b\x32\x19.ninerank.v1.ModelVersion\"E\n\x12UnloadModelRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\tJ\x04\x08\x03\x10\n\"?\n\x13UnloadModelResponse\x12(\n\x05model\x18\x01 \x01(\x0b\x32\x19.ninerank.v1.ModelVersion\"*\n\nTaskScores\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06scores\x18\x02 \x03(\x02\"\x95\x01\n\x07Timings\x12\x10\n\x08queue_us\x18\x01 \x01(\r\x12\x11\n\tdecode_us\x18\x02 \x01(\r\x12\x10\n\x08\x63\x61\x63he_us\x18\x03 \x01(\r\x12\x14\n\x0ctransform_us\x18\x04 \x01(\r\x12\x11\n\tlookup_us\x18\x05 \x01(\r\x12\x12\n\ncompute_us\x18\x06 \x01(\r\x12\x10\n\x08total_us\x18\x07 \x01(\rJ\x04\x08\x08\x10\x10\"F\n\tStaleness\x12\x12\n\ncandidates\x18\x01 \x03(\r\x12\x0c\n\x04user\x18\x02 \x01(\x08\x12\x11\n\toldest_ms\x18\x03 \x01(\rJ\x04\x08\x04\x10\n\"\x9e\x01\n\x08\x44\x65\x66\x61ults\x12\x14\n\x0cuser_columns\x18\x01 \x03(\t\x12\x14\n\x0citem_columns\x18\x02 \x03(\t\x12\x1a\n\x12unknown_candidates\x18\x03 \x03(\r\x12\x14\n\x0cunknown_user\x18\x04 \x01(\x08\x12\x19\n\x11\x66\x61iled_candidates\x18\x05 \x03(\r\x12\x13\n\x0b\x66\x61iled_user\x18\x06 \x01(\x08J\x04\x08\x07\x10\n*D\n\x08Priority\x12\x13\n\x0fPRIORITY_NORMAL\x10\x00\x12\x11\n\rPRIORITY_HIGH\x10\x01\x12\x10\n\x0cPRIORITY_LOW\x10\x02\x32\xa7\x02\n\tPredictor\x12;\n\x04Rank\x12\x18.ninerank.v1.RankRequest\x1a\x19.ninerank.v1.RankResponse\x12K\n\nRankStream\x12\x18.ninerank.v1.RankRequest\x1a\x1f.ninerank.v1.RankStreamResponse(\x01\x30\x01\x12>\n\x05Score\x12\x19.ninerank.v1.ScoreRequest\x1a\x1a.ninerank.v1.ScoreResponse\x12P\n\x0bModelStatus\x12\x1f.ninerank.v1.ModelStatusRequest\x1a .ninerank.v1.ModelStatusResponse2\xa5\x01\n\x05\x41\x64min\x12J\n\tLoadModel\x12\x1d.ninerank.v1.LoadModelRequest\x1a\x1e.ninerank.v1.LoadModelResponse\x12P\n\x0bUnloadModel\x12\x1f.ninerank.v1.UnloadModelRequest\x1a .ninerank.v1.UnloadModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ninerank.proto.v1.predictor_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PRIORITY']._serialized_start=2663
-  _globals['_PRIORITY']._serialized_end=2731
+  _globals['_PRIORITY']._serialized_start=2855
+  _globals['_PRIORITY']._serialized_end=2923
   _globals['_RANKREQUEST']._serialized_start=45
   _globals['_RANKREQUEST']._serialized_end=431
   _globals['_COLUMN']._serialized_start=434
@@ -40,41 +40,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STRINGS']._serialized_start=637
   _globals['_STRINGS']._serialized_end=677
   _globals['_RANKRESPONSE']._serialized_start=680
-  _globals['_RANKRESPONSE']._serialized_end=969
-  _globals['_EXPLANATIONS']._serialized_start=971
-  _globals['_EXPLANATIONS']._serialized_end=1071
-  _globals['_RANKSTREAMRESPONSE']._serialized_start=1073
-  _globals['_RANKSTREAMRESPONSE']._serialized_end=1187
-  _globals['_ERROR']._serialized_start=1189
-  _globals['_ERROR']._serialized_end=1277
-  _globals['_SCOREREQUEST']._serialized_start=1280
-  _globals['_SCOREREQUEST']._serialized_end=1496
-  _globals['_SCORERESPONSE']._serialized_start=1499
-  _globals['_SCORERESPONSE']._serialized_end=1703
-  _globals['_MODELSTATUSREQUEST']._serialized_start=1705
-  _globals['_MODELSTATUSREQUEST']._serialized_end=1768
-  _globals['_MODELSTATUSRESPONSE']._serialized_start=1770
-  _globals['_MODELSTATUSRESPONSE']._serialized_end=1834
-  _globals['_MODELVERSION']._serialized_start=1837
-  _globals['_MODELVERSION']._serialized_end=2107
-  _globals['_MODELVERSION_STATE']._serialized_start=2021
-  _globals['_MODELVERSION_STATE']._serialized_end=2101
-  _globals['_LOADMODELREQUEST']._serialized_start=2109
-  _globals['_LOADMODELREQUEST']._serialized_end=2176
-  _globals['_LOADMODELRESPONSE']._serialized_start=2178
-  _globals['_LOADMODELRESPONSE']._serialized_end=2239
-  _globals['_UNLOADMODELREQUEST']._serialized_start=2241
-  _globals['_UNLOADMODELREQUEST']._serialized_end=2310
-  _globals['_UNLOADMODELRESPONSE']._serialized_start=2312
-  _globals['_UNLOADMODELRESPONSE']._serialized_end=2375
-  _globals['_TASKSCORES']._serialized_start=2377
-  _globals['_TASKSCORES']._serialized_end=2419
-  _globals['_TIMINGS']._serialized_start=2422
-  _globals['_TIMINGS']._serialized_end=2571
-  _globals['_DEFAULTS']._serialized_start=2573
-  _globals['_DEFAULTS']._serialized_end=2661
-  _globals['_PREDICTOR']._serialized_start=2734
-  _globals['_PREDICTOR']._serialized_end=3029
-  _globals['_ADMIN']._serialized_start=3032
-  _globals['_ADMIN']._serialized_end=3197
+  _globals['_RANKRESPONSE']._serialized_end=1018
+  _globals['_EXPLANATIONS']._serialized_start=1020
+  _globals['_EXPLANATIONS']._serialized_end=1120
+  _globals['_RANKSTREAMRESPONSE']._serialized_start=1122
+  _globals['_RANKSTREAMRESPONSE']._serialized_end=1236
+  _globals['_ERROR']._serialized_start=1238
+  _globals['_ERROR']._serialized_end=1326
+  _globals['_SCOREREQUEST']._serialized_start=1329
+  _globals['_SCOREREQUEST']._serialized_end=1545
+  _globals['_SCORERESPONSE']._serialized_start=1548
+  _globals['_SCORERESPONSE']._serialized_end=1752
+  _globals['_MODELSTATUSREQUEST']._serialized_start=1754
+  _globals['_MODELSTATUSREQUEST']._serialized_end=1817
+  _globals['_MODELSTATUSRESPONSE']._serialized_start=1819
+  _globals['_MODELSTATUSRESPONSE']._serialized_end=1883
+  _globals['_MODELVERSION']._serialized_start=1886
+  _globals['_MODELVERSION']._serialized_end=2156
+  _globals['_MODELVERSION_STATE']._serialized_start=2070
+  _globals['_MODELVERSION_STATE']._serialized_end=2150
+  _globals['_LOADMODELREQUEST']._serialized_start=2158
+  _globals['_LOADMODELREQUEST']._serialized_end=2225
+  _globals['_LOADMODELRESPONSE']._serialized_start=2227
+  _globals['_LOADMODELRESPONSE']._serialized_end=2288
+  _globals['_UNLOADMODELREQUEST']._serialized_start=2290
+  _globals['_UNLOADMODELREQUEST']._serialized_end=2359
+  _globals['_UNLOADMODELRESPONSE']._serialized_start=2361
+  _globals['_UNLOADMODELRESPONSE']._serialized_end=2424
+  _globals['_TASKSCORES']._serialized_start=2426
+  _globals['_TASKSCORES']._serialized_end=2468
+  _globals['_TIMINGS']._serialized_start=2471
+  _globals['_TIMINGS']._serialized_end=2620
+  _globals['_STALENESS']._serialized_start=2622
+  _globals['_STALENESS']._serialized_end=2692
+  _globals['_DEFAULTS']._serialized_start=2695
+  _globals['_DEFAULTS']._serialized_end=2853
+  _globals['_PREDICTOR']._serialized_start=2926
+  _globals['_PREDICTOR']._serialized_end=3221
+  _globals['_ADMIN']._serialized_start=3224
+  _globals['_ADMIN']._serialized_end=3389
 # @@protoc_insertion_point(module_scope)

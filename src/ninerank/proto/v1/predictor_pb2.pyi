@@ -75,7 +75,7 @@ class Strings(_message.Message):
     def __init__(self, data: _Optional[bytes] = ..., offsets: _Optional[bytes] = ...) -> None: ...
 
 class RankResponse(_message.Message):
-    __slots__ = ("request_id", "model_name", "model_version", "scores", "order", "tasks", "timings", "defaults", "explanations")
+    __slots__ = ("request_id", "model_name", "model_version", "scores", "order", "tasks", "timings", "defaults", "explanations", "staleness")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
     MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -85,6 +85,7 @@ class RankResponse(_message.Message):
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     DEFAULTS_FIELD_NUMBER: _ClassVar[int]
     EXPLANATIONS_FIELD_NUMBER: _ClassVar[int]
+    STALENESS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model_name: str
     model_version: str
@@ -94,7 +95,8 @@ class RankResponse(_message.Message):
     timings: Timings
     defaults: Defaults
     explanations: Explanations
-    def __init__(self, request_id: _Optional[str] = ..., model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., scores: _Optional[_Iterable[float]] = ..., order: _Optional[_Iterable[int]] = ..., tasks: _Optional[_Iterable[_Union[TaskScores, _Mapping]]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., defaults: _Optional[_Union[Defaults, _Mapping]] = ..., explanations: _Optional[_Union[Explanations, _Mapping]] = ...) -> None: ...
+    staleness: Staleness
+    def __init__(self, request_id: _Optional[str] = ..., model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., scores: _Optional[_Iterable[float]] = ..., order: _Optional[_Iterable[int]] = ..., tasks: _Optional[_Iterable[_Union[TaskScores, _Mapping]]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., defaults: _Optional[_Union[Defaults, _Mapping]] = ..., explanations: _Optional[_Union[Explanations, _Mapping]] = ..., staleness: _Optional[_Union[Staleness, _Mapping]] = ...) -> None: ...
 
 class Explanations(_message.Message):
     __slots__ = ("features", "candidates", "contributions", "baselines")
@@ -264,12 +266,28 @@ class Timings(_message.Message):
     total_us: int
     def __init__(self, queue_us: _Optional[int] = ..., decode_us: _Optional[int] = ..., cache_us: _Optional[int] = ..., transform_us: _Optional[int] = ..., lookup_us: _Optional[int] = ..., compute_us: _Optional[int] = ..., total_us: _Optional[int] = ...) -> None: ...
 
+class Staleness(_message.Message):
+    __slots__ = ("candidates", "user", "oldest_ms")
+    CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    USER_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_MS_FIELD_NUMBER: _ClassVar[int]
+    candidates: _containers.RepeatedScalarFieldContainer[int]
+    user: bool
+    oldest_ms: int
+    def __init__(self, candidates: _Optional[_Iterable[int]] = ..., user: bool = ..., oldest_ms: _Optional[int] = ...) -> None: ...
+
 class Defaults(_message.Message):
-    __slots__ = ("user_columns", "item_columns", "unknown_candidates")
+    __slots__ = ("user_columns", "item_columns", "unknown_candidates", "unknown_user", "failed_candidates", "failed_user")
     USER_COLUMNS_FIELD_NUMBER: _ClassVar[int]
     ITEM_COLUMNS_FIELD_NUMBER: _ClassVar[int]
     UNKNOWN_CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    UNKNOWN_USER_FIELD_NUMBER: _ClassVar[int]
+    FAILED_CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    FAILED_USER_FIELD_NUMBER: _ClassVar[int]
     user_columns: _containers.RepeatedScalarFieldContainer[str]
     item_columns: _containers.RepeatedScalarFieldContainer[str]
     unknown_candidates: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, user_columns: _Optional[_Iterable[str]] = ..., item_columns: _Optional[_Iterable[str]] = ..., unknown_candidates: _Optional[_Iterable[int]] = ...) -> None: ...
+    unknown_user: bool
+    failed_candidates: _containers.RepeatedScalarFieldContainer[int]
+    failed_user: bool
+    def __init__(self, user_columns: _Optional[_Iterable[str]] = ..., item_columns: _Optional[_Iterable[str]] = ..., unknown_candidates: _Optional[_Iterable[int]] = ..., unknown_user: bool = ..., failed_candidates: _Optional[_Iterable[int]] = ..., failed_user: bool = ...) -> None: ...
