@@ -272,7 +272,7 @@ def test_rows_past_their_time_stand_in_while_the_store_fails() -> None:
         (lambda value: value[:60] + bytes([value[60] ^ 1]) + value[61:], "garbage"),
     ],
 )
-def test_a_value_that_is_none_is_flagged_and_counted(what: Any, kind: str) -> None:
+def test_a_value_that_is_none_is_flagged_counted_and_told(what: Any, kind: str, caplog: pytest.LogCaptureFixture) -> None:
     store = FakeStore()
     store.hold(rows(1, 2, 3))
     cache = cache_of(store=store, policy=CachePolicy(ttl_s=0.05))
@@ -282,6 +282,8 @@ def test_a_value_that_is_none_is_flagged_and_counted(what: Any, kind: str) -> No
         store.values[key] = what(store.values[key])
     assert outcome(cache.fetch(pa.array([1, 2, 3]))) == {"known": [0, 2], "failed": [1], "stale": [0]}
     assert cache.stats().bad == {kind: 2}
+    assert caplog.text.count("cannot be used") == 1
+    assert kind in caplog.text
 
 
 def test_each_key_is_asked_for_once_at_a_time() -> None:

@@ -176,6 +176,7 @@ def test_what_was_loaded_is_found_by_one_mget_a_request(server: RedisServer, url
     assert (report.rows, report.skipped, sum(seen)) == (5000, 0, 5000)
     assert server.client.dbsize() == 5000 + 3  # mark, about, changes
     with Opened(url) as opened:
+        server.client.config_resetstat()
         assert opened.prices("i4", "nobody", "i4999") == [2.0, None, 2499.5]
         found = opened.cache.fetch(pa.array([f"i{n}" for n in range(1000)]))
         assert found.known_N.all()
@@ -264,6 +265,7 @@ def test_a_server_that_was_emptied_is_told_from_one_that_knows_nothing(server: R
         found = opened.cache.fetch(pa.array(["i2", "i3", "nobody"]))
         assert (found.known_N.tolist(), found.failed_N, found.stale_N) == ([True, True, False], None, None)
     with Opened("redis://127.0.0.1:1") as opened:
+        assert opened.store.state() == "down"
         found = opened.cache.fetch(pa.array(["i2"]))
         assert found.failed_N is not None
 

@@ -58,6 +58,13 @@ class Breaker:
                 self.opened += 1
                 self._open()
 
+    def trip(self) -> None:
+        """Open at once: the store is known to be away."""
+        with self._lock:
+            if self._state == CLOSED:
+                self.opened += 1
+                self._open()
+
     def probe_due(self) -> bool:
         """Whether the caller, and nobody else, is to probe now; it then says `success` or `failure`."""
         with self._lock:

@@ -76,7 +76,9 @@ def key_field(wanted: pa.Schema, key: str, given: pa.Schema) -> pa.Field:
     return pa.field(key, pa.int64() if pa.types.is_integer(given.field(key).type) else pa.string())
 
 
-def load_items(path: str | Path, item_schema: pa.Schema, *, key: str, capacity_bytes: int, shared: str | None = None) -> FeatureCache:
+def load_items(
+    path: str | Path, item_schema: pa.Schema, *, key: str, capacity_bytes: int, shared: str | None = None, called: str = "candidate ids"
+) -> FeatureCache:
     """Cache filled from a Parquet file of items (or users); columns that `item_schema` lacks are left out.
 
     shared: memory of another process that filled it from this file; nothing is read then.
@@ -85,7 +87,7 @@ def load_items(path: str | Path, item_schema: pa.Schema, *, key: str, capacity_b
     `key`, or holds a value of the wrong type.
     """
     with open_entities(path, item_schema, key=key) as entities:
-        cache = FeatureCache(entities.schema, key=key, capacity_bytes=capacity_bytes, shared=shared)
+        cache = FeatureCache(entities.schema, key=key, capacity_bytes=capacity_bytes, shared=shared, called=called)
         for batch in entities.batches() if shared is None else ():
             if cache.put(batch):
                 held = cache.stats().entities

@@ -6,6 +6,7 @@
 Shape legend: N ids of a request, M of them asked of the store.
 """
 
+import logging
 import random
 import threading
 import time
@@ -30,6 +31,8 @@ from ninerank.predictor.cache.source import CacheStats, EntityRows
 from ninerank.predictor.cache.value import Packed, RowFormat
 
 __all__ = ["CachePolicy", "FeatureCache", "Store", "StoreReply"]
+
+log = logging.getLogger(__name__)
 
 WRITE_WAIT_S = 0.002  # a request rather does without the cache than wait for it
 FOUND, ABSENT, FAILED = range(3)
@@ -74,7 +77,7 @@ class FeatureCache:
     """Feature rows of one kind of entity, in at most `capacity_bytes` of memory that processes share; CLOCK evicts.
 
     schema: the columns kept, `key` among them. store: where rows come from that the memory lacks. shared: path of another process's
-    memory (`path`), instead of memory of its own.
+    memory (`path`), instead of memory of its own. called: what errors call the ids.
 
     >>> cache = FeatureCache(pa.schema({"id": pa.string(), "price": pa.float64()}), key="id", capacity_bytes=1 << 20)
     >>> cache.put(pa.record_batch({"id": ["a", "b"], "price": [1.0, 2.0]}))
@@ -93,9 +96,11 @@ class FeatureCache:
         store: Store | None = None,
         policy: CachePolicy | None = None,
         shared: str | None = None,
+        called: str = "candidate ids",
     ) -> None:
         if key not in schema.names:
             raise DataError(f"key column {key!r} is missing; {nearest(key, schema.names)}")
+        self._called = called
         self.schema, self.key, self.policy = schema, key, policy or CachePolicy()
         self.row_format = RowFormat(schema.remove(schema.get_field_index(key)))
         self._key_type = schema.field(key).type
@@ -103,6 +108,7 @@ class FeatureCache:
         self._table = SharedTable(self.row_format, capacity_bytes) if shared is None else SharedTable.attach(self.row_format, shared)
         self._flights: Flights[Any, tuple[bytes | None, int]] = Flights()
         self._counts, self._bad = Counter[str](), Counter[str]()
+        self._bad_told = set[str]()
         self._lock = threading.Lock()
 
     @property
@@ -180,7 +186,7 @@ class FeatureCache:
         try:
             return conform(ids, self._key_type, self.key)
         except (DataError, pa.ArrowInvalid) as error:
-            raise RequestError(f"candidate ids: {error}") from None
+            raise RequestError(f"{self._called}: {error}") from None
 
     def _complete(
         self,
@@ -265,9 +271,25 @@ class FeatureCache:
             kept_keys = keys if len(keep_M) == len(keys) else [keys[row] for row in keep_M.tolist()]
             result_K = self._table.put(Ids(pa.array(kept_keys, self._key_type)), kept, until_M, started_ns=started_ns, wait_s=WRITE_WAIT_S)
             self._count({"skipped": int(np.count_nonzero(result_K > slots.OLDER))})
+        if bad_M.any():
+            self._tell(keys, reply.values, bad_M)
         pairs = zip(keys, reply.values, failed_M.tolist(), outcome_M.tolist(), strict=True)
         answers = {key: (None if failed else value, outcome) for key, value, failed, outcome in pairs}
         return answers, Counter(BAD[code] for code in bad_M[bad_M > 0].tolist())
+
+    def _tell(self, keys: list[Any], values: Sequence[bytes | None], bad_M: npt.NDArray[np.uint8]) -> None:
+        """Log the first value of each kind that is none: with another schema there will be no other."""
+        for code in np.unique(bad_M[bad_M > 0]).tolist():
+            with self._lock:
+                is_first = BAD[code] not in self._bad_told
+                self._bad_told.add(BAD[code])
+            if is_first:
+                row = int((bad_M == code).argmax())
+                what = BAD[code]
+                if what == "schema":
+                    own = f"{self.row_format.digest.hex()}: {', '.join(self.row_format.names)}"
+                    what = f"it is of schema {(values[row] or b'')[8:16].hex()}, this model reads {own}"
+                log.warning("features of %s %r cannot be used: %s (told once, counted always)", self.key, keys[row], what)
 
     def _count(self, counts: dict[str, int], bad: Counter[str] | None = None) -> None:
         with self._lock:

@@ -19,6 +19,7 @@ from ninerank.predictor.cache.redisstore import RedisStore
 __all__ = ["FeatureCaches", "FeatureSettings", "open_caches"]
 
 DEFAULT_USER_CACHE_BYTES = 256 << 20
+CALLED = {"item": "candidate ids", "user": "user id"}
 
 
 class FeatureSettings(Config):
@@ -103,7 +104,7 @@ def open_caches(spec: FeatureSpec, settings: FeatureSettings, shared: Mapping[st
             if key is None:
                 raise DataError(f"{path}: which column holds the ids? name it (--{kind}-key), one of the file's columns")
             path_of = (shared or {}).get(kind)
-            caches[kind] = load_items(path, columns, key=key, capacity_bytes=capacity_bytes, shared=path_of)
+            caches[kind] = load_items(path, columns, key=key, capacity_bytes=capacity_bytes, shared=path_of, called=CALLED[kind])
         elif endpoint is not None and key is not None and set(columns.names) - {key}:
             stores[kind] = RedisStore(endpoint, kind)
             caches[kind] = FeatureCache(
@@ -113,6 +114,7 @@ def open_caches(spec: FeatureSpec, settings: FeatureSettings, shared: Mapping[st
                 store=stores[kind],
                 policy=settings.policy,
                 shared=(shared or {}).get(kind),
+                called=CALLED[kind],
             )
     followers = [ChangeFollower(caches[kind], store.endpoint, kind) for kind, store in stores.items()]
     return FeatureCaches(caches, stores, followers)

@@ -22,6 +22,7 @@ __all__ = ["NodeStats", "RedisStore"]
 log = logging.getLogger(__name__)
 
 IDLE_S, BUSY_S = 1.0, 0.02
+START_S = 0.25
 REFRESH_S, REFRESH_SOON_S = 2.0, 0.1
 MOVED = ("MOVED", "ASK", "TRYAGAIN")
 
@@ -79,6 +80,9 @@ class RedisStore:
         self._wake, self._is_closed = threading.Event(), False
         self._refresh_at, self._is_lost = 0.0, False
         self._refresh()
+        for node in self._nodes.values():
+            if not self._greet(node, START_S):
+                node.breaker.trip()
         self._thread = threading.Thread(target=self._attend, name=f"redis-{kind}", daemon=True)
         self._thread.start()
 
@@ -217,23 +221,29 @@ class RedisStore:
                 time.sleep(BUSY_S)
 
     def _probe(self, node: _Node) -> None:
-        """Ask as a request would, with its time, on a new connection."""
+        """Ask a node whose breaker is open, with the time that a request would have."""
         node.pool.drop_idle()
+        if self._greet(node, self.endpoint.timeout_ms / 1e3):
+            node.breaker.success()
+            log.info("features at %s:%d: asked again", *node.address)
+        else:
+            node.breaker.failure()
+
+    def _greet(self, node: _Node, timeout_s: float) -> bool:
+        """Ask as a request would on a new connection, which is kept; whether it answered."""
         wire = None
         try:
             wire = node.pool.take()
-            wire.call(b"MGET", self.keys.mark(0), timeout_s=self.endpoint.timeout_ms / 1e3)
+            wire.call(b"MGET", self.keys.mark(0), timeout_s=timeout_s)
         except ReplyError as error:
             if not any(word in str(error) for word in MOVED):
                 wire = self._close(wire)
-        except (StoreError, TimeoutError):
+        except (StoreError, TimeoutError) as error:
+            log.debug("features at %s:%d: %s", *node.address, error)
             wire = self._close(wire)
-        if wire is None:
-            node.breaker.failure()
-            return
-        node.pool.give(wire)
-        node.breaker.success()
-        log.info("features at %s:%d: asked again", *node.address)
+        if wire is not None:
+            node.pool.give(wire)
+        return wire is not None
 
     @staticmethod
     def _close(wire: Wire | None) -> None:

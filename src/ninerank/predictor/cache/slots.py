@@ -12,6 +12,8 @@ makes the number odd before and even after. So a row is read whole or not at all
 Where memory runs out the CLOCK algorithm evicts: the hand passes entries that were read since it last came by. Readers and writers are in
 one module, since each rests on the order in which the other touches memory.
 
+All of it is one module, long as it is: every kernel stands on the layout below, and nothing else may know it.
+
 Shape legend: N ids.
 """
 
