@@ -14,7 +14,7 @@ from ninerank.predictor.telemetry import Telemetry
 @pytest.fixture(scope="module")
 def service(bundle_dir: Path) -> RankService:
     engine = Engine.load(bundle_dir, "cpu")
-    return RankService(engine, Telemetry(engine.manifest))
+    return RankService(engine, Telemetry())
 
 
 def test_one_bundle_is_leased_by_its_name_version_or_neither(service: RankService) -> None:

@@ -5,6 +5,7 @@ import json
 import shutil
 import threading
 import time
+import urllib.request
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from ninerank.embedding.delta import DeltaWriter
 from ninerank.errors import BundleError
 from ninerank.features.spec import FeatureSpec
 from ninerank.predictor.bundle import export_bundle
+from ninerank.predictor.client import PredictorClient
 from ninerank.predictor.engine import Engine
 from ninerank.predictor.host import ModelState, UnknownModelError
 from ninerank.predictor.manifest import Manifest
@@ -27,6 +29,9 @@ from ninerank.predictor.modelstore import DirectoryStore, ObjectStore, open_stor
 from ninerank.predictor.policy import in_share
 from ninerank.predictor.registry import ModelRegistry, RegistryConfig
 from ninerank.predictor.request import RankInput
+from ninerank.predictor.requestlog import read_log
+from ninerank.predictor.serveconfig import ServeConfig
+from ninerank.predictor.server import PredictorServer
 from ninerank.predictor.service import RankService
 from ninerank.predictor.telemetry import Telemetry
 from ninerank.towers.model import RankingModel
@@ -44,7 +49,7 @@ class Maker:
     def make(self, bundle_dir: Path) -> RankService:
         engine = Engine.load(bundle_dir, "cpu")
         self.engines.append(weakref.ref(engine))
-        return RankService(engine, Telemetry(engine.manifest))
+        return RankService(engine, Telemetry())
 
     def retire(self, service: RankService) -> None:
         self.retired.append(service.engine.manifest.model_version)
@@ -453,3 +458,35 @@ def test_a_delta_that_does_not_follow_leaves_the_rows_as_they_are(
             assert [state.sequence for state in told] == [0, 2]
         finally:
             registry.close()
+
+
+def test_a_server_of_a_folder_swaps_versions_logs_them_apart_and_tells(
+    root: Path, bundle_dir: Path, log_rows: Rows, tmp_path: Path
+) -> None:
+    server = PredictorServer(root, ServeConfig(port=0, device="cpu", poll_s=0.05, log_dir=tmp_path / "log", metrics_port=0))
+    ready = server.start()
+    rows = log_rows(3, seed=1)
+    schema = server.engine.schema
+    user = {name: rows.column(name)[0].as_py() for name in schema.request.names}
+    items = {name: rows.column(name) for name in schema.item.names}
+    try:
+        with PredictorClient(f"127.0.0.1:{ready.port}") as client:
+            assert client.rank(user, items).model_version == "1"
+            relabelled(bundle_dir, root / "small" / "2", "2")
+            assert settled(lambda: client.rank(user, items).model_version == "2")
+            policy(root, "{kind: shadow, version: '2', percent: 100}")
+            assert settled(lambda: client.rank(user, items).model_version == "1")
+            for n in range(5):
+                assert client.rank(user, items, request_id=f"both{n}").model_version == "1"
+            assert settled(lambda: server.assembly.logs()[0].stats().dropped == 0 and not server.front._unheard)
+            with urllib.request.urlopen(f"http://127.0.0.1:{ready.metrics_port}/metrics", timeout=10) as answer:
+                text = answer.read().decode()
+        assert 'ninerank_model_versions{name="small",state="READY"} 2.0' in text
+        assert 'ninerank_model_info{name="small",spec_digest=' in text
+        assert "ninerank_queue_depth 0.0" in text
+    finally:
+        server.stop(5)
+    logged = {version: {r.request_id for r in read_log(tmp_path / "log" / "small" / version)} for version in ("1", "2")}
+    both = {f"both{n}" for n in range(5)}
+    assert both <= logged["1"]
+    assert both <= logged["2"], "scored, logged, never returned"

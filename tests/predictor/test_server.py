@@ -501,6 +501,7 @@ def test_logged_requests_get_exactly_their_scores_again(
         for n in range(10):
             results[f"inline-{n}"] = client.rank(*split(log_rows(3 + n, seed=n), own), request_id=f"inline-{n}")
         results["ids"] = client.rank(USER, {"price": [4.0, 5.0, 6.0]}, ids=["i1", "nobody", "i7"], request_id="ids")
+    item_key = own.server.caches.items.key
     own.server.stop()
     logged = {request.request_id: request for request in read_log(tmp_path)}
     assert logged.keys() == results.keys()
@@ -510,7 +511,7 @@ def test_logged_requests_get_exactly_their_scores_again(
         assert np.array_equal(again[:, 0], results[request_id].scores)
     assert logged["ids"].candidate_ids.to_pylist() == ["i1", "nobody", "i7"]
     inline = logged["inline-0"]
-    assert inline.candidate_ids.to_pylist() == inline.input.items.column(own.server.caches.items.key).to_pylist()
+    assert inline.candidate_ids.to_pylist() == inline.input.items.column(item_key).to_pylist()
 
 
 def test_a_port_in_use_is_named(served: Served, bundle_dir: Path) -> None:

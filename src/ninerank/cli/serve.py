@@ -10,7 +10,12 @@ if TYPE_CHECKING:
 
 
 def run(
-    bundle: Annotated[Path, typer.Argument(help="Bundle directory that `ninerank export` wrote.")],
+    bundle: Annotated[
+        str,
+        typer.Argument(
+            help="Bundle that `ninerank export` wrote, or a folder or object store (URI) of models: <model>/<version>/.", show_default=False
+        ),
+    ],
     port: Annotated[int, typer.Option("--port", "-p", min=0, max=65535, help="gRPC port; 0: a free one.")] = 50051,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all of them.")] = "127.0.0.1",
     metrics_port: Annotated[int | None, typer.Option(min=0, max=65535, help="HTTP port of /metrics; 0: a free one. Default: none.")] = None,
@@ -29,6 +34,9 @@ def run(
     user_cache_mb: Annotated[int, typer.Option(min=1, help="Bound of the feature cache of users in MB.")] = 256,
     cache_ttl: Annotated[float, typer.Option(min=0.001, help="Seconds until a row of a Redis is asked for anew.")] = 60.0,
     cache_max_stale: Annotated[float, typer.Option(min=0, help="Seconds beyond that for which it stands in if the Redis fails.")] = 3600.0,
+    poll_seconds: Annotated[float, typer.Option(min=0.01, help="Between looks at a folder of models.")] = 1.0,
+    keep: Annotated[int, typer.Option(min=0, max=16, help="Older versions of each model that stay loaded.")] = 0,
+    model_copies: Annotated[Path | None, typer.Option(help="Where versions of an object store are copied to.")] = None,
     log_dir: Annotated[Path | None, typer.Option("--log", help="Directory of the request log (Parquet), for `ninerank replay`.")] = None,
     log_sample: Annotated[float, typer.Option(min=0, max=1, help="Share of requests that are logged.")] = 1.0,
     log_seconds: Annotated[float, typer.Option(min=0.1, help="Close a log file after this many seconds.")] = 60.0,
@@ -49,7 +57,7 @@ def run(
     backend: Annotated[str, typer.Option(help="What runs the graph: auto, script, inductor, aoti, cudagraphs, npugraphs, eager.")] = "auto",
     precision: Annotated[str, typer.Option(help="fp32 or bf16: hidden layers of the graph, scores within 2e-3.")] = "fp32",
 ) -> None:
-    """Serve a bundle over gRPC until SIGTERM or Ctrl-C, then finish what is under way."""
+    """Serve a bundle, or models as they come, over gRPC until SIGTERM or Ctrl-C, then finish what is under way."""
     from ninerank.predictor.serveconfig import ServeConfig
     from ninerank.predictor.serving import serve
 
@@ -83,6 +91,9 @@ def run(
             "cache_bytes": cache_mb << 20,
             "user_cache_bytes": user_cache_mb << 20,
             "cache": {"ttl_s": cache_ttl, "max_stale_s": cache_max_stale},
+            "poll_s": poll_seconds,
+            "keep": keep,
+            "model_copies": model_copies,
             "log_dir": log_dir,
             "log": {"sample_rate": log_sample, "max_seconds": log_seconds},
             "drain_s": drain_seconds,

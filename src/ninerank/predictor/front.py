@@ -5,21 +5,26 @@
 The main path of serving is `Front.rank`, `Dispatcher.run`, `RankService.rank`.
 """
 
+import asyncio
+import contextlib
 import re
+import time
 from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from ninerank.errors import OverloadError, RequestError
+from ninerank.errors import NinerankError, OverloadError, RequestError
 from ninerank.predictor.admission import Steps
 from ninerank.predictor.call import HIGH, LOW, NORMAL, Call
 from ninerank.predictor.dispatch import Dispatcher
-from ninerank.predictor.host import ModelHost, ModelState
+from ninerank.predictor.host import ModelHost, ModelState, Served
 from ninerank.predictor.request import check_num_candidates
 from ninerank.proto.v1 import predictor_pb2 as pb
 
 __all__ = ["Front", "message_of", "model_message"]
 
+SHADOW_NS = 5_000_000_000
+"""In which a shadow version has to score a request."""
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 _PRIORITIES = {pb.PRIORITY_NORMAL: NORMAL, pb.PRIORITY_HIGH: HIGH, pb.PRIORITY_LOW: LOW}
 M = TypeVar("M", bound=Message)
@@ -37,12 +42,35 @@ class Front:
         self.dispatcher = dispatcher
         self._max_message_bytes = max_message_bytes
         self._max_candidates = max_candidates
+        self._unheard: set[asyncio.Future[None]] = set()
 
     async def rank(self, data: bytes, call: Call) -> bytes:
         """RankResponse to a RankRequest."""
         request = self._parse(pb.RankRequest, data, call)
         check_num_candidates(request.num_candidates, self._max_candidates)
-        return await self.dispatcher.run(call, request.num_candidates, self._rank_steps(request, call))
+        answer = await self.dispatcher.run(call, request.num_candidates, self._rank_steps(request, call))
+        if not request.model_version:
+            unheard = self.host.shadow(request.model_name, request.session or call.request_id)
+            if unheard is not None:
+                self._score_unheard(unheard, request, call)
+        return answer
+
+    def _score_unheard(self, shadow: Served, request: pb.RankRequest, call: Call) -> None:
+        """Have a shadow version score the request too, after all that waits; its answer goes to its log alone."""
+        now_ns = time.perf_counter_ns()
+        own = Call(now_ns, now_ns + SHADOW_NS, call.request_id, LOW, call.client)
+
+        def steps() -> Steps:
+            with shadow as service:
+                return (yield from service.rank(request, own))
+
+        async def run() -> None:
+            with contextlib.suppress(NinerankError):  # no time or no place: it is dropped
+                await self.dispatcher.run(own, request.num_candidates, steps())
+
+        task = asyncio.ensure_future(run())
+        self._unheard.add(task)
+        task.add_done_callback(self._unheard.discard)
 
     async def score(self, data: bytes, call: Call) -> bytes:
         """ScoreResponse to a ScoreRequest."""

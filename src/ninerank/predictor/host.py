@@ -12,7 +12,7 @@ in the queue holds none.
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
@@ -131,8 +131,9 @@ class ModelHost(Protocol):
 class SingleModel:
     """The ModelHost of one bundle, for as long as the server runs."""
 
-    def __init__(self, service: RankService) -> None:
-        self._served = Served(service)
+    def __init__(self, service: RankService, retire: Callable[[RankService], None] = lambda _: None) -> None:
+        """retire: lets go of the service at the end."""
+        self._served, self._retire = Served(service), retire
         self._name, self._version = self._served.manifest.model_name, self._served.manifest.model_version
 
     def lease(self, name: str, version: str, key: str = "") -> Served:
@@ -161,3 +162,4 @@ class SingleModel:
 
     def close(self) -> None:
         """See ModelHost."""
+        self._retire(self._served.service)

@@ -32,6 +32,8 @@ class ServeConfig(Config):
     `item_id` or `item`). user_key: column of the user's id (default: `user_id` or `user`).
     features: where features by id are kept: `memory:`, filled from the files `items` and `users`, or the URL of a Redis.
     shared: memory of another process's caches by kind, which a supervisor fills in.
+    poll_s, keep: of a folder or store of models: seconds between looks at it, and older versions that stay loaded. model_copies: where
+    versions of an object store are copied to.
     """
 
     host: str = "127.0.0.1"
@@ -57,6 +59,9 @@ class ServeConfig(Config):
     user_cache_bytes: int = Field(default=DEFAULT_USER_CACHE_BYTES, ge=1 << 20)
     cache: CachePolicy = CachePolicy()
     shared: dict[str, str] = Field(default_factory=dict)
+    poll_s: float = Field(default=1.0, gt=0, le=3600)
+    keep: int = Field(default=0, ge=0, le=16)
+    model_copies: Path | None = None
     log_dir: Path | None = None
     log: LogConfig = LogConfig()
     drain_s: float = Field(default=10.0, ge=0, allow_inf_nan=False)

@@ -8,17 +8,20 @@ from ninerank.errors import DeviceError
 from ninerank.predictor.admin import admin_port, admin_service
 from ninerank.predictor.admission import AdmissionQueue
 from ninerank.predictor.announcement import Announcement
-from ninerank.predictor.cache import open_caches
+from ninerank.predictor.assembly import Assembly
+from ninerank.predictor.cache import FeatureCaches
 from ninerank.predictor.dispatch import Dispatcher
 from ninerank.predictor.engine import Engine
 from ninerank.predictor.eventloop import event_loop, on_loop
 from ninerank.predictor.front import Front
 from ninerank.predictor.grpcport import GrpcPort, Service
-from ninerank.predictor.host import SingleModel
+from ninerank.predictor.host import ModelHost, SingleModel
+from ninerank.predictor.manifest import MANIFEST
+from ninerank.predictor.modelstore import open_store
+from ninerank.predictor.registry import ModelRegistry, RegistryConfig
 from ninerank.predictor.requestlog import RequestLog
 from ninerank.predictor.security import Guard, TokenFile
 from ninerank.predictor.serveconfig import ServeConfig
-from ninerank.predictor.service import RankService
 from ninerank.predictor.telemetry import Telemetry
 from ninerank.predictor.tls import server_credentials
 from ninerank.proto.v1 import predictor_pb2 as pb
@@ -30,29 +33,26 @@ STORE_WORKERS = 2
 
 
 class PredictorServer:
-    """A bundle being served. `start` makes it answer, `stop` lets what is under way finish."""
+    """A bundle, or a folder or store of models, being served. `start` makes it answer, `stop` lets what is under way finish."""
 
     def __init__(self, bundle_dir: str | Path, config: ServeConfig) -> None:
         # One thread an operator, however many workers: more of them trample each other's caches and wait for each other.
         torch.set_num_threads(1)
         self.config = config
-        self.engine = Engine.load(bundle_dir, config.device, backend=config.backend, precision=config.precision)
-        self.caches = open_caches(self.engine.spec, config.feature_settings(), config.shared)
-        self.log = None
-        if config.log_dir is not None:
-            self.log = RequestLog(config.log_dir, self.engine.schema, len(self.engine.manifest.tasks), config.log)
-        self.telemetry = Telemetry(self.engine.manifest, self.caches, self.log)
-        self.service = RankService(
-            self.engine,
-            self.telemetry,
-            items=self.caches.items,
-            users=self.caches.users,
-            item_key=config.item_key,
-            request_log=self.log,
-        )
-        self.host = SingleModel(self.service)
+        self.telemetry = Telemetry()
+        is_single = _is_bundle(bundle_dir)
+        self.assembly = Assembly(config, self.telemetry, by_version=not is_single)
+        self.host: ModelHost
+        if is_single:
+            self.host = SingleModel(self.assembly.make(Path(bundle_dir)), self.assembly.retire)
+        else:
+            store = open_store(bundle_dir, config.model_copies)
+            registry = ModelRegistry(store, self.assembly, RegistryConfig(poll_s=config.poll_s, drain_s=config.drain_s, keep=config.keep))
+            registry.start()
+            self.host = registry
         # What waits for a store over the network waits in a thread, and not on the loop that all calls share.
-        workers = max(config.workers, STORE_WORKERS) if self.caches.stores else config.workers
+        has_stores = any(caches.stores for caches in self.assembly.caches())
+        workers = max(config.workers, STORE_WORKERS) if has_stores else config.workers
         self.queue = AdmissionQueue(config.max_pending, max(workers, 1))
         self.front = Front(
             self.host,
@@ -60,7 +60,24 @@ class PredictorServer:
             max_message_bytes=config.max_message_bytes,
             max_candidates=config.max_candidates,
         )
+        self.telemetry.follow(self.host.models, self.queue.stats)
         self._ports: list[GrpcPort] = on_loop(self._build())
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of the version that answers a call which names none."""
+        with self.host.lease(self.host.models()[0].name, "") as service:
+            return service.engine
+
+    @property
+    def caches(self) -> FeatureCaches:
+        """The first feature caches that are open."""
+        return self.assembly.caches()[0]
+
+    @property
+    def log(self) -> RequestLog | None:
+        """The first request log that is open."""
+        return next(iter(self.assembly.logs()), None)
 
     def start(self) -> Announcement:
         """Listen and answer; raises DeviceError where a port cannot be had."""
@@ -73,11 +90,11 @@ class PredictorServer:
         except DeviceError:
             self.stop(0)
             raise
-        manifest = self.engine.manifest
+        engine = self.engine
         return Announcement(
-            manifest.model_name,
-            manifest.model_version,
-            self.engine.device.name,
+            engine.manifest.model_name,
+            engine.manifest.model_version,
+            engine.device.name,
             config.host,
             taken[0],
             metrics,
@@ -92,9 +109,6 @@ class PredictorServer:
             on_loop(port.close(self.config.drain_s if grace_s is None else grace_s))
         self.front.dispatcher.close()
         self.host.close()
-        self.caches.close()
-        if self.log is not None:
-            self.log.close()
         self.telemetry.close()
 
     async def _build(self) -> list[GrpcPort]:
@@ -120,6 +134,11 @@ class PredictorServer:
         except OSError as error:
             where = f"metrics port {port} of {self.config.host}"
             raise DeviceError(f"cannot listen on {where}: it is in use or no address of this machine; port 0 takes a free one") from error
+
+
+def _is_bundle(place: str | Path) -> bool:
+    """Whether `place` is one bundle, or should be: a folder of models has <model>/<version>/manifest.json."""
+    return "://" not in str(place) and not any(Path(place).glob(f"*/*/{MANIFEST}"))
 
 
 def _guard(config: ServeConfig) -> Guard | None:

@@ -9,7 +9,7 @@ Shape legend: N candidates, B rows, T tasks.
 
 import copy
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -64,7 +64,7 @@ class RankService:
     """Answers calls with one engine, from any number of threads at once.
 
     items: where candidate ids are looked up. item_key: column that candidate ids stand for where there is no `items`. users: where the
-    user's features are looked up that a request lacks.
+    user's features are looked up that a request lacks. release: closes what was opened for the service.
     """
 
     def __init__(
@@ -76,14 +76,22 @@ class RankService:
         users: FeatureSource | None = None,
         item_key: str | None = None,
         request_log: RequestLog | None = None,
+        release: Callable[[], None] | None = None,
     ) -> None:
         self.engine = engine
+        self._release = release
         self.telemetry = telemetry
         self._items, self._users = items, users
         self._user_columns = frozenset(engine.schema.request.names)
         self._item_columns = frozenset(engine.schema.item.names)
         self._item_key = item_key or default_item_key(engine.spec)
         self._log = request_log
+
+    def release(self) -> None:
+        """Let go of what was opened for this service and those renewed from it; nobody computes with them any more. Once is enough."""
+        release, self._release = self._release, None
+        if release is not None:
+            release()
 
     def renewed(self, engine: Engine) -> "RankService":
         """The same service over an engine that has other rows of the same model."""

@@ -50,7 +50,7 @@ class Supervisor:
     """`config.processes` workers that serve a bundle; `start` waits until all answer, `stop` drains them."""
 
     def __init__(self, bundle_dir: str | Path, config: ServeConfig) -> None:
-        self._bundle_dir = Path(bundle_dir)
+        self._bundle_dir = str(bundle_dir)
         self._config = config
         self._workers: dict[int, _Worker] = {}
         self._port_holder: socket.socket | None = None
@@ -151,7 +151,7 @@ class Supervisor:
             shared = next((other.ready.shared for other in self._workers.values() if other.ready is not None), {})
         config = self._config.model_copy(update={"shared": dict(shared)})
         with contextlib.suppress(OSError):  # it is dead already: its output ends
-            process.stdin.write(json.dumps({"bundle": str(self._bundle_dir), "config": config.model_dump(mode="json")}) + "\n")
+            process.stdin.write(json.dumps({"bundle": self._bundle_dir, "config": config.model_dump(mode="json")}) + "\n")
             process.stdin.flush()
         with self._lock:
             self._workers[place] = worker

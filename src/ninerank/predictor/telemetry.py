@@ -5,7 +5,8 @@ Every server has a registry of its own, so that two in one process, or a test, d
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
@@ -14,8 +15,11 @@ from prometheus_client.registry import Collector
 
 from ninerank.predictor.cache import FeatureCaches
 from ninerank.predictor.cache.metrics import CacheCollector
-from ninerank.predictor.manifest import Manifest
 from ninerank.predictor.requestlog import RequestLog
+
+if TYPE_CHECKING:
+    from ninerank.predictor.admission import QueueStats
+    from ninerank.predictor.host import ModelState
 
 __all__ = ["STAGES", "Telemetry"]
 
@@ -27,7 +31,7 @@ CANDIDATE_BUCKETS = (1, 10, 50, 100, 200, 300, 500, 1_000, 2_000, 5_000, 10_000)
 class Telemetry:
     """Metrics of one server, under the names `ninerank_*`."""
 
-    def __init__(self, manifest: Manifest, caches: FeatureCaches | None = None, request_log: RequestLog | None = None) -> None:
+    def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter("ninerank_requests", "Requests answered, by gRPC status", ["status"], registry=self.registry)
         self.calls = Counter(
@@ -53,10 +57,17 @@ class Telemetry:
             "ninerank_stale_candidates", "Candidates whose features were past their time, since the store failed", registry=self.registry
         )
         self.users = Counter("ninerank_users", "Users looked up by id, by what came of it", ["outcome"], registry=self.registry)
-        self.registry.register(_Held(manifest, request_log))
-        if caches is not None:
-            self.registry.register(CacheCollector(caches))
         self._http: tuple[WSGIServer, threading.Thread] | None = None
+
+    def hold(self, caches: Callable[[], Sequence[FeatureCaches]], logs: Callable[[], Sequence[RequestLog]]) -> None:
+        """Tell, whenever asked, what these caches and logs have counted."""
+        self.registry.register(CacheCollector(caches))
+        self.registry.register(_Logs(logs))
+
+    def follow(self, models: Callable[[], Sequence["ModelState"]], queue: Callable[[], "QueueStats"]) -> None:
+        """Tell, whenever asked, which models are there and how much waits."""
+        self.registry.register(_Models(models))
+        self.registry.register(_Queue(queue))
 
     def arrived(self) -> None:
         """A call came in."""
@@ -86,23 +97,69 @@ class Telemetry:
             self._http = None
 
 
-class _Held(Collector):
-    """Figures that others hold, read when Prometheus asks."""
+class _Models(Collector):
+    """Which versions there are, since when, with how many deltas, and how many calls compute with them."""
 
-    def __init__(self, manifest: Manifest, request_log: RequestLog | None) -> None:
-        self._manifest, self._log = manifest, request_log
+    def __init__(self, models: Callable[[], Sequence["ModelState"]]) -> None:
+        self._models = models
         self._started = time.time()
 
     def collect(self) -> Iterator[Metric]:
-        manifest = self._manifest
-        yield InfoMetricFamily(
-            "ninerank_model",
-            "The model that is served",
-            value={"name": manifest.model_name, "version": manifest.model_version, "spec_digest": manifest.spec_digest},
-        )
+        labels = ["name", "version"]
+        info = InfoMetricFamily("ninerank_model", "Model versions that answer")
+        families = {
+            "loaded_at_s": GaugeMetricFamily(
+                "ninerank_model_loaded_time_seconds", "Unix time at which a version was loaded", labels=labels
+            ),
+            "sequence": GaugeMetricFamily("ninerank_model_delta_sequence", "Deltas applied to the rows of a version", labels=labels),
+            "leases": GaugeMetricFamily("ninerank_model_leases", "Calls that compute with a version now", labels=labels),
+        }
+        states = GaugeMetricFamily("ninerank_model_versions", "Versions by state", labels=["name", "state"])
+        counts: dict[tuple[str, str], int] = {}
+        for model in self._models():
+            counts[model.name, model.state] = counts.get((model.name, model.state), 0) + 1
+            if model.state == "READY":
+                info.add_metric([], {"name": model.name, "version": model.version, "spec_digest": model.spec_digest})
+                for name, family in families.items():
+                    family.add_metric([model.name, model.version], getattr(model, name))
+        for (name, state), count in counts.items():
+            states.add_metric([name, state], count)
+        yield from (info, *families.values(), states)
         yield GaugeMetricFamily("ninerank_start_time_seconds", "Unix time at which the server started", value=self._started)
-        if self._log is not None:
-            written = self._log.stats()
-            yield CounterMetricFamily("ninerank_log_written", "Requests written to the request log", value=written.written)
-            yield CounterMetricFamily("ninerank_log_dropped", "Sampled requests that the log could not take", value=written.dropped)
-            yield CounterMetricFamily("ninerank_log_failed", "Requests lost because a log file could not be written", value=written.failed)
+
+
+class _Queue(Collector):
+    """What waits before the models."""
+
+    def __init__(self, queue: Callable[[], "QueueStats"]) -> None:
+        self._queue = queue
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._queue()
+        yield GaugeMetricFamily("ninerank_queue_depth", "Calls that wait", value=stats.waiting)
+        yield GaugeMetricFamily("ninerank_queue_running", "Calls that are computed now", value=stats.running)
+        yield GaugeMetricFamily("ninerank_queue_capacity", "Calls that are taken in at once", value=stats.capacity)
+        yield GaugeMetricFamily("ninerank_queue_expected_wait_seconds", "Wait of a call that comes now", value=stats.expected_wait_s)
+        yield CounterMetricFamily("ninerank_queue_refused", "Calls refused since no time or no place was left", value=stats.refused)
+        yield CounterMetricFamily(
+            "ninerank_queue_late", "Calls dropped since their time ran out before they were computed", value=stats.late
+        )
+        yield CounterMetricFamily("ninerank_queue_displaced", "Calls refused in favour of a higher priority", value=stats.displaced)
+
+
+class _Logs(Collector):
+    """Request logs, all together."""
+
+    def __init__(self, logs: Callable[[], Sequence[RequestLog]]) -> None:
+        self._logs = logs
+
+    def collect(self) -> Iterator[Metric]:
+        stats = [log.stats() for log in self._logs()]
+        if not stats:
+            return
+        for name, said in (
+            ("written", "Requests written to the request log"),
+            ("dropped", "Sampled requests that the log could not take"),
+            ("failed", "Requests lost because a log file could not be written"),
+        ):
+            yield CounterMetricFamily(f"ninerank_log_{name}", said, value=sum(getattr(own, name) for own in stats))
