@@ -6,11 +6,13 @@ and get the same batches; loss, logits and gradients are compared before anythin
     din_train_vs_padded        DIN over histories of Zipf lengths (mean 20, at most 100): padded plain torch / jagged
     din_relu_train_vs_padded   the same with the cheap activation instead of Dice
     dcnv2_train_vs_plain       DCN V2 with low-rank crosses: plain torch / fused
+    hstu_train_vs_padded       forward and backward of an HSTU layer over such histories: padded plain torch / jagged
 
     python bench/kernels.py
 """
 
 import argparse
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import cycle
 from typing import Any
@@ -28,6 +30,7 @@ from ninerank.features.batch import Batch
 from ninerank.features.spec import FeatureSpec
 from ninerank.features.transform import Transform
 from ninerank.towers.blocks import fused
+from ninerank.towers.blocks.hstu import HSTULayer
 from ninerank.towers.config import parse_model
 from ninerank.towers.registry import build_model
 
@@ -41,7 +44,7 @@ TOLERANCE = 2e-4
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--only", choices=("din", "dcnv2"))
+    parser.add_argument("--only", choices=("din", "dcnv2", "hstu"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     shapes = {
@@ -54,11 +57,13 @@ def main() -> None:
         "rank": RANK,
     }
     with Result("kernels", shapes) as result:
-        if options.only != "dcnv2":
+        if options.only in (None, "din"):
             _compare(result, "din_train_vs_padded", _din("dice"), options.rounds)
             _compare(result, "din_relu_train_vs_padded", _din("relu"), options.rounds)
-        if options.only != "din":
+        if options.only in (None, "dcnv2"):
             _compare(result, "dcnv2_train_vs_plain", _dcnv2(), options.rounds)
+        if options.only in (None, "hstu"):
+            _compare(result, "hstu_train_vs_padded", _hstu(), max(options.rounds // 5, 3))
 
 
 class Step:
@@ -93,7 +98,37 @@ class Step:
         return [*found, *(group.storage.detach() for _, group in self.model.embedding.named_groups())]
 
 
-def _compare(result: Result, ratio: str, sides: dict[str, Step], rounds: int) -> None:
+class HSTUStep:
+    """Forward and backward of one HSTU layer over histories, jagged or padded."""
+
+    def __init__(self, *, is_jagged: bool) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.layer = HSTULayer(DIM, num_heads=2, qk_dim=DIM, value_dim=DIM, max_length=MAX_LENGTH)
+            lengths_B = torch.from_numpy(_lengths(np.random.default_rng(1)))
+            self.mask_BL = torch.arange(MAX_LENGTH) < lengths_B[:, None]
+            self.x_BLD = torch.randn(BATCH_SIZE, MAX_LENGTH, DIM)
+        self.offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths_B.cumsum(0)])
+        self.is_jagged = is_jagged
+        self.x_ND = self.x_BLD[self.mask_BL]
+
+    def __call__(self) -> Tensor:
+        self.layer.zero_grad()
+        out = self.layer.jagged(self.x_ND, self.offsets) if self.is_jagged else self.layer(self.x_BLD, self.mask_BL)
+        out.square().sum().backward()
+        return out.detach()
+
+    def checked(self) -> list[Tensor]:
+        """Outputs of the positions that there are, and gradients."""
+        out = self()
+        return [out if self.is_jagged else out[self.mask_BL], *(p.grad.clone() for p in self.layer.parameters() if p.grad is not None)]
+
+
+def _hstu() -> dict[str, HSTUStep]:
+    return {"hstu_jagged": HSTUStep(is_jagged=True), "hstu_padded": HSTUStep(is_jagged=False)}
+
+
+def _compare(result: Result, ratio: str, sides: Mapping[str, Step | HSTUStep], rounds: int) -> None:
     (ours, mine), (theirs, other) = sides.items()
     for one, two in zip(mine.checked(), other.checked(), strict=True):
         scale = float(two.abs().max()) + 1e-6

@@ -17,6 +17,7 @@ from ninerank.fusion.kernels.embedding_reduce import embedding_reduce
 from ninerank.fusion.kernels.embedding_sequence import embedding_sequence
 from ninerank.fusion.kernels.embedding_update import FTRL, SGD, Adagrad, Adam, RowOptimizer, RowwiseAdagrad, embedding_update
 from ninerank.fusion.kernels.fm_interaction import fm_interaction
+from ninerank.fusion.kernels.hstu_attention import hstu_attention
 from ninerank.fusion.kernels.jagged_attention import jagged_attention
 from ninerank.fusion.kernels.jagged_pairs import jagged_pairs
 from ninerank.fusion.kernels.launch import Tile
@@ -277,3 +278,16 @@ def test_mlp_layer(rows: int, width: int, activation: str, masked: bool) -> None
         return mlp_layer(x, weight, bias, activation, *mask, kernel=kernel)
 
     _agrees(layer, [torch.randn(shape, generator=_draw(i)) for i, shape in enumerate(shapes)])
+
+
+@pytest.mark.parametrize("num_histories", [0, 1, 30])
+@pytest.mark.parametrize(("heads", "key_dim", "value_dim", "distances"), [(1, 3, 5, 1), (2, 16, 16, 4), (2, 4, 8, 30)])
+def test_hstu_attention(num_histories: int, heads: int, key_dim: int, value_dim: int, distances: int) -> None:
+    *_, offsets, _, _ = _jagged(num_histories, 1)
+    count = int(offsets[-1])
+    shapes = [(count, heads, key_dim), (count, heads, key_dim), (count, heads, value_dim), (distances,)]
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, position: torch.Tensor, *, kernel: str) -> torch.Tensor:
+        return hstu_attention(q, k, v, position, offsets.to(q.device), 0.1, kernel=kernel)
+
+    _agrees(attend, [torch.randn(shape, generator=_draw(i)) for i, shape in enumerate(shapes)])

@@ -11,6 +11,7 @@ from ninerank.fusion.kernels.dot_interaction.triton import dot_grad_kernel, dot_
 from ninerank.fusion.kernels.embedding_bag.triton import gather_kernel, pool_kernel
 from ninerank.fusion.kernels.embedding_update.triton import update_kernel, update_tile
 from ninerank.fusion.kernels.fm_interaction.triton import fm_grad_kernel, fm_kernel
+from ninerank.fusion.kernels.hstu_attention.triton import hstu_kernel, hstu_key_grad_kernel, hstu_query_grad_kernel, hstu_tile
 from ninerank.fusion.kernels.jagged_attention.triton import attention_kernel, gradient_kernel
 from ninerank.fusion.kernels.jagged_pairs.triton import key_grad_kernel, pair_kernel, query_grad_kernel
 from ninerank.fusion.kernels.launch import Tile
@@ -47,6 +48,8 @@ def specimens(device_type: str) -> Iterator[Specimen]:
         yield from _interactions(dim, device_type)
     yield from _crosses()
     yield from _layers()
+    for dim in (16, 64):
+        yield from _hstu(dim, device_type)
     for dim in (1, 16, 40, 80):
         yield _gate(dim, device_type)
         yield _gate_grad(dim, device_type)
@@ -146,6 +149,22 @@ def _crosses() -> Iterator[Specimen]:
         yield Specimen(f"cross-fp32-16{name}", combine_kernel, {**_floats("x0", "z", "bias", "x", "out"), **counts}, constants)
         back = _floats("grad", "x0", "z", "bias", "x0_grad", "z_grad")
         yield Specimen(f"cross-back-fp32-16{name}", product_kernel, {**back, **counts}, constants)
+
+
+def _hstu(dim: int, device_type: str) -> Iterator[Specimen]:
+    rows, key_columns, value_columns = hstu_tile(dim, dim, device_type)
+    counts = {"num_rows": "i32", "num_heads": "i32", "num_distances": "i32", "scale": "fp32"}
+    constants = {"DIM": dim, "COLUMNS": key_columns, "VALUE_DIM": dim, "VALUE_COLUMNS": value_columns, "BLOCK": rows}
+    constants |= {"DISTANCES": 128, "WIDE": False}
+    given = _floats("q", "k", "v", "position")
+    for name, kernel, place, results in (
+        ("hstu", hstu_kernel, "before", ("out",)),
+        ("hstu-query-back", hstu_query_grad_kernel, "before", ("of_q", "of_position")),
+        ("hstu-key-back", hstu_key_grad_kernel, "behind", ("of_k", "of_v")),
+    ):
+        upstream = {} if name == "hstu" else _floats("grad")
+        signature = {**upstream, **given, place: "*i32", **_floats(*results), **counts}
+        yield Specimen(f"{name}-fp32-{dim}", kernel, signature, constants)
 
 
 def _layers() -> Iterator[Specimen]:

@@ -1,12 +1,14 @@
 """Hierarchical sequential transduction unit: attention over a sequence without a softmax.
 
-Shape legend: B rows, L sequence length (M positions attended to), D width, N heads, A width of a query or key, V width of a value.
+Shape legend: B rows, L sequence length (M positions attended to), D width, N heads, A width of a query or key, V width of a value. Without
+padding: N positions of all histories, H heads, M distances.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ninerank.fusion.kernels.hstu_attention import hstu_attention
 from ninerank.towers.blocks.mlp import linear
 
 __all__ = ["HSTULayer"]
@@ -67,6 +69,20 @@ class HSTULayer(nn.Module):
         attended_BLV = torch.matmul(weight_BNLM, v_BNLV).transpose(1, 2).flatten(2)
         y_BLD: Tensor = x_BLD + self.out(self.out_norm(attended_BLV) * u)
         return y_BLD.masked_fill(~mask_BL.unsqueeze(2), 0.0)
+
+    def jagged(self, x_ND: Tensor, offsets: Tensor) -> Tensor:
+        """The same (N, D) of histories without padding: x (N, D), history after history, offsets (B + 1,).
+
+        No matrix of the pairs is made, and padding costs nothing. Raises ValueError for a layer with time buckets.
+        """
+        if self.time is not None:
+            raise ValueError("an HSTU layer's biases of time are for padded histories")
+        u, v, q, k = torch.split(functional.silu(self.project(self.norm(x_ND))), self.widths, dim=1)
+        v_NHV, (q_NHA, k_NHA) = torch.unflatten(v, 1, self.value_shape), (torch.unflatten(part, 1, self.key_shape) for part in (q, k))
+        position_M = x_ND.new_zeros(1) if self.position is None else self.position
+        attended_NV = hstu_attention(q_NHA, k_NHA, v_NHV, position_M, offsets, 1 / self.max_length).flatten(1)
+        y_ND: Tensor = x_ND + self.out(self.out_norm(attended_NV) * u)
+        return y_ND
 
     def bucket(self, time_BL: Tensor) -> Tensor:
         """floor(log2(max(|t_l - t_m|, 1))), at most the last bucket: (B, L) -> int64 (B, L, M)."""
