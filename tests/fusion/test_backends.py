@@ -14,6 +14,7 @@ from ninerank.fusion.backends import onednn
 from ninerank.fusion.backends.copies import stands_for
 from ninerank.fusion.backends.script import script
 from ninerank.fusion.capture import REQUESTS, ROWS, GraphInput, capture
+from ninerank.fusion.compile import compile_graph
 from ninerank.fusion.single import single_request
 
 CPU = torch.device("cpu")
@@ -99,6 +100,32 @@ def test_bf16_stays_within_its_rounding_and_packs_what_is_worth_it(exported: tup
         assert got.dtype == torch.float32
         assert float((got.sigmoid() - want.sigmoid()).abs().max()) < 1e-3
         assert shape[1] == 1 or not torch.equal(got, want)
+
+
+class Experts(nn.Module):
+    """Two layers of experts side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU()) for _ in range(3))
+
+    def forward(self, given: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([expert(given["item"]) for expert in self.experts], dim=1).sum((1, 2), keepdim=True).flatten(1) * 0.1
+
+
+@needs_bf16
+def test_batched_products_are_rounded_too() -> None:
+    module = Experts().eval()
+    graph = compile_graph(capture(module, [GraphInput("item", "item", (ROWS, 24))]), raise_wrong=True).module
+    run = backends.lower(graph, CPU, precision="bf16")
+    assert isinstance(run.graph, fx.GraphModule)
+    (product,) = run.graph.graph.find_nodes(op="call_function", target=torch.ops.aten.baddbmm.default)
+    assert [argument.op for argument in product.args] == ["get_attr", "call_function", "get_attr"]
+    x = torch.randn(20, 24, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        got, want = run(x), module({"item": x})
+    assert 0 < float((got.sigmoid() - want.sigmoid()).abs().max()) < 2e-3
 
 
 def test_one_request_is_a_bias_in_the_same_operator(exported: tuple[nn.Module, fx.GraphModule]) -> None:

@@ -15,6 +15,7 @@ from torch import fx
 
 from ninerank.fusion.backends.gates import absorb_conversions
 from ninerank.fusion.backends.weights import constant_of
+from ninerank.fusion.capture import add_weight
 from ninerank.fusion.cost import VIEWS
 from ninerank.fusion.roles import colour
 
@@ -43,6 +44,7 @@ def pack_linears(module: fx.GraphModule, *, bf16: bool, one_request: bool = Fals
         if node.op == "call_function" and node.target is aten.linear.default:
             packed += _pack(module, node, bf16, one_request, num_rows)
     if bf16:
+        _round_products(module)
         _drop_round_trips(module.graph)
         module.graph.eliminate_dead_code()
         absorb_conversions(module.graph)
@@ -80,6 +82,21 @@ def _pack(module: fx.GraphModule, node: fx.Node, bf16: bool, one_request: bool, 
         result = graph.call_function(aten.to.dtype, (made, torch.float32)) if bf16 else made
     last.replace_all_uses_with(result)
     return True
+
+
+def _round_products(module: fx.GraphModule) -> None:
+    """Batched products with weights (`fusion.passes.parallel`) in bfloat16, which oneDNN multiplies as it does packed ones."""
+    graph = module.graph
+    for node in graph.find_nodes(op="call_function", target=aten.baddbmm.default):
+        bias, source, weight = (constant_of(module, node.args[0]), node.args[1], constant_of(module, node.args[2]))
+        if bias is None or weight is None or weight.dtype != torch.float32 or min(weight.shape[1:]) < SMALL or node.kwargs:
+            continue
+        names = [add_weight(module, f"rounded.{node.name}.{place}", value.to(torch.bfloat16)) for place, value in enumerate((bias, weight))]
+        with graph.inserting_before(node):
+            rounded = graph.call_function(aten.to.dtype, (source, torch.bfloat16))
+            stored = [graph.get_attr(name) for name in names]
+            product = graph.call_function(aten.baddbmm.default, (stored[0], rounded, stored[1]))
+            node.replace_all_uses_with(graph.call_function(aten.to.dtype, (product, torch.float32)))
 
 
 def _drop_round_trips(graph: fx.Graph) -> None:
