@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ninerank.fusion.kernels import registry
+from ninerank.fusion.kernels import products, registry
 from ninerank.fusion.kernels.jagged import kernel_for
 
 __all__ = ["backward_reference", "combine_reference", "low_rank_cross"]
@@ -64,7 +64,7 @@ def _operator(
     x_BI = x0_BI
     with torch.autocast(x0_BI.device.type, enabled=False):
         for i in range(num_layers):
-            torch.mm(x_BI, down_LRI[i].t(), out=h_LBR[i])
+            h_LBR[i] = products.linear(x_BI, down_LRI[i])
             torch.mm(h_LBR[i], up_LRI[i], out=z_LBI[i])
             next_BI = between[i] if i + 1 < num_layers else out_BI
             combine(x0_BI, z_LBI[i], bias_LI[i], x_BI, next_BI)
@@ -107,9 +107,9 @@ def _backward_operator(
     with torch.autocast(x0_BI.device.type, enabled=False):
         for i in reversed(range(len(down_LRI))):
             bias_grad_LI[i] = back(own_BI, x0_BI, z_LBI[i], bias_LI[i], x0_grad_BI, z_grad_BI)
-            torch.mm(h_LBR[i].t(), z_grad_BI, out=up_grad_LRI[i])
-            h_grad_BR = torch.mm(z_grad_BI, up_LRI[i].t())
-            torch.mm(h_grad_BR.t(), between[i - 1] if i else x0_BI, out=down_grad_LRI[i])
+            up_grad_LRI[i] = products.linear(h_LBR[i].t(), z_grad_BI.t())
+            h_grad_BR = products.linear(z_grad_BI, up_LRI[i])
+            down_grad_LRI[i] = products.linear(h_grad_BR.t(), (between[i - 1] if i else x0_BI).t())
             # What was handed in is not ours to change; what the layer above left is.
             add = own_BI.addmm_ if i + 1 < len(down_LRI) else own_BI.addmm
             own_BI = add(h_grad_BR, down_LRI[i])

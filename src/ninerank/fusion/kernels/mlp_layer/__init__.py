@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ninerank.fusion.kernels import registry
+from ninerank.fusion.kernels import products, registry
 from ninerank.fusion.kernels.jagged import kernel_for
 
 __all__ = ["ACTIVATIONS", "backward_reference", "combine_reference", "mlp_layer", "pays"]
@@ -107,7 +107,7 @@ def _backward_operator(
     of_z_BO, of_bias_O, of_mask_BO = back(grad_BO.contiguous(), a_BO, activation, None if mask_BO is None else mask_BO.contiguous())
     with torch.autocast(x_BI.device.type, enabled=False):
         of_weight_OI = torch.mm(of_z_BO.t(), x_BI)
-        of_x_BI = torch.mm(of_z_BO, weight_OI) if needs_x else x_BI.new_empty(0)
+        of_x_BI = products.linear(of_z_BO, weight_OI.t()) if needs_x else x_BI.new_empty(0)
     return of_x_BI, of_weight_OI, of_bias_O, x_BI.new_empty(0) if of_mask_BO is None else of_mask_BO
 
 

@@ -1,4 +1,4 @@
-"""oneDNN's product with bias and activation where this build of torch has it; Numba for what is left around it."""
+"""oneDNN's product with bias and activation (`products`); Numba for what is left around it."""
 
 from functools import cache
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ninerank.fusion.kernels import threads
+from ninerank.fusion.kernels import products, threads
 from ninerank.fusion.kernels.jit import as_numpy, jit_for
 from ninerank.fusion.kernels.lanes import arithmetic
 
@@ -15,17 +15,8 @@ __all__ = ["backward", "combine"]
 BLOCK_ROWS = 128
 
 
-@cache
-def _has_onednn() -> bool:
-    return hasattr(torch.ops.mkldnn, "_linear_pointwise") and bool(torch._C._has_mkldnn)
-
-
 def combine(x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor, activation: str, mask_BO: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    if _has_onednn() and x_BI.numel() and weight_OI.numel():
-        a_BO: Tensor = torch.ops.mkldnn._linear_pointwise(x_BI, weight_OI, bias_O, activation, [], "")
-    else:
-        a_BO = torch.addmm(bias_O, x_BI, weight_OI.t())
-        a_BO = a_BO.relu_() if activation == "relu" else a_BO
+    a_BO = products.linear(x_BI, weight_OI, bias_O, activation)
     return a_BO, None if mask_BO is None else a_BO * mask_BO
 
 
