@@ -1,6 +1,8 @@
 """Every backend gives the scores of the module, for any number of requests, rows and ids of a history, in fp32 and bf16."""
 
+import importlib.util
 import logging
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
@@ -66,9 +68,11 @@ SHAPES = [(1, 1, 1), (1, 7, 3), (3, 7, 2), (5, 300, 9)]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Inductor's own modules, when the first shape is compiled
-@pytest.mark.parametrize("name", ["script", "eager", pytest.param("inductor", marks=pytest.mark.slow)])  # compiles C++
+@pytest.mark.parametrize("name", ["script", "eager", "openvino", pytest.param("inductor", marks=pytest.mark.slow)])  # compiles C++
 def test_backends_give_the_modules_scores(exported: tuple[nn.Module, fx.GraphModule], name: str) -> None:
     module, graph = exported
+    if name == "openvino":
+        pytest.importorskip("openvino")
     run = backends.lower(graph, CPU, one=single_request(graph), backend=name)
     for shape in SHAPES:
         with torch.inference_mode():
@@ -76,6 +80,48 @@ def test_backends_give_the_modules_scores(exported: tuple[nn.Module, fx.GraphMod
 
 
 needs_bf16 = pytest.mark.skipif(not backends.multiplies_bf16(), reason="this CPU has neither AMX nor AVX512-bf16")
+
+
+@needs_bf16
+def test_openvino_runs_bf16_from_several_threads_at_once(exported: tuple[nn.Module, fx.GraphModule]) -> None:
+    pytest.importorskip("openvino")
+    module, graph = exported
+    run = backends.lower(graph, CPU, one=single_request(graph), backend="openvino", precision="bf16")
+    differences: list[float] = []
+
+    def work(requests: int) -> None:
+        with torch.inference_mode():
+            for rows in range(1, 30):
+                values = inputs(requests, rows, 4)
+                differences.append(float((torch.sigmoid(run(*values)) - torch.sigmoid(scores(module, values))).abs().max()))
+
+    threads = [threading.Thread(target=work, args=(requests,)) for requests in (1, 1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(differences) == 3 * 29
+    assert 1e-7 < max(differences) < 1e-2
+
+
+def test_openvino_is_an_extra_and_takes_no_operator_of_ours(
+    exported: tuple[nn.Module, fx.GraphModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, graph = exported
+    gated = fx.GraphModule(graph, fx.Graph(), "Gated")
+    x = gated.graph.placeholder("x")
+    x.meta["input"] = GraphInput("x", "item", (ROWS, 4))
+    gated.register_buffer("one", torch.ones(4))
+    vector = gated.graph.create_node("get_attr", "one")
+    gated.graph.output(gated.graph.call_function(torch.ops.ninerank.sigmoid_gate.default, (x, vector, vector, vector, vector)))
+    gated.recompile()
+    if importlib.util.find_spec("openvino") is not None:
+        with pytest.raises(BundleError, match="OpenVINO cannot take the graph: .*"):
+            backends.lower(gated, CPU, backend="openvino")
+        assert logging.getLogger().level == logging.WARNING  # its converter would leave it at ERROR
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(DeviceError, match=r"needs the package openvino .*pip install 'ninerank\[openvino\]'"):
+        backends.lower(graph, CPU, backend="openvino")
 
 
 @needs_bf16
@@ -237,5 +283,5 @@ def test_what_the_automatic_backend_cannot_take_runs_operator_by_operator(
 
 @pytest.mark.parametrize(("name", "kind"), [("npugraphs", "npu"), ("cudagraphs", "cuda")])
 def test_a_devices_own_backend_is_refused_elsewhere(exported: tuple[nn.Module, fx.GraphModule], name: str, kind: str) -> None:
-    with pytest.raises(DeviceError, match=f"backend '{name}' runs on {kind}, not on cpu; valid: aoti, eager, inductor, script"):
+    with pytest.raises(DeviceError, match=f"backend '{name}' runs on {kind}, not on cpu; valid: aoti, eager, inductor, openvino, script"):
         backends.lower(exported[1], CPU, backend=name)

@@ -54,7 +54,9 @@ def run(
     admin_tokens: Annotated[Path | None, typer.Option(help="Token file of the admin port.")] = None,
     quota: Annotated[float | None, typer.Option(help="Requests a second of each client whose line names none.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda[:i] or npu[:i].")] = "auto",
-    backend: Annotated[str, typer.Option(help="What runs the graph: auto, script, inductor, aoti, cudagraphs, npugraphs, eager.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="What runs the graph: auto, script, openvino, inductor, aoti, cudagraphs, npugraphs, eager.")
+    ] = "auto",
     precision: Annotated[str, typer.Option(help="fp32 or bf16: hidden layers of the graph, scores within 2e-3.")] = "fp32",
 ) -> None:
     """Serve a bundle, or models as they come, over gRPC until SIGTERM or Ctrl-C, then finish what is under way."""

@@ -1,6 +1,7 @@
 """What runs a compiled ranking graph, by name.
 
     script      TorchScript with oneDNN's packed linear layers; no Python while it runs, ready in under a second     cpu
+    openvino    OpenVINO (extra `openvino`); seconds to convert, then threads of its own; fp32 and bf16                  cpu
     inductor    torch.compile; the first call of each kind of shape takes seconds                                    cpu, cuda
     aoti        AOTInductor; compiled once in a minute, then loaded from disk                                        cpu, cuda
     cudagraphs  the same, recorded as one CUDA graph for each of a few shapes                                        cuda
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from ninerank.errors import BundleError, DeviceError, nearest
-from ninerank.fusion.backends import aoti, npu
+from ninerank.fusion.backends import aoti, npu, vino
 from ninerank.fusion.backends.buckets import Bucketed
 from ninerank.fusion.backends.copies import own_copy
 from ninerank.fusion.backends.gates import fuse_gates
@@ -76,12 +77,14 @@ class Backend:
 
     prepare: the graph as this backend wants it, a copy, for a precision and for one request or many. bind: what runs it on a device, for
     one request or many.
-    device_types: where it runs, empty for everywhere.
+    device_types: where it runs, empty for everywhere. precisions: what it runs in. require: raises DeviceError where a package is missing.
     """
 
     bind: Callable[[fx.GraphModule, torch.device, bool], Run]
     prepare: Callable[[fx.GraphModule, Precision, bool], fx.GraphModule]
     device_types: tuple[str, ...] = ()
+    precisions: tuple[Precision, ...] = ("fp32",)
+    require: Callable[[], object] | None = None
 
     def obstacle(self, device_type: str) -> str | None:
         """Why it cannot run on `device_type`; None where it can."""
@@ -109,8 +112,15 @@ def lower(
     if obstacle is not None:
         there = [other for other, own in BACKENDS.items() if own.obstacle(device.type) is None]
         raise DeviceError(f"backend {name!r} {obstacle}, not on {device.type}; {nearest(backend, there)}")
-    if precision == "bf16" and not (name == "script" and has_packed_linear() and multiplies_bf16()):
-        raise DeviceError(f"precision 'bf16' needs backend 'script' on a CPU with AMX or AVX512-bf16; here it is {name!r} on {device.type}")
+    if precision not in BACKENDS[name].precisions or (precision == "bf16" and not multiplies_bf16()):
+        there = [other for other, own in BACKENDS.items() if precision in own.precisions]
+        raise DeviceError(
+            f"precision {precision!r} needs backend {' or '.join(map(repr, there))} on a CPU with AMX or AVX512-bf16; "
+            f"here it is {name!r} on {device.type}"
+        )
+    require = BACKENDS[name].require
+    if require is not None:
+        require()
     if backend == AUTO:
         log.info("graph runs by %s, precision %s", name, precision)
     try:
@@ -152,6 +162,14 @@ def _script(module: fx.GraphModule, device: torch.device, one_request: bool) -> 
     return script(module)
 
 
+def _for_openvino(module: fx.GraphModule, precision: Precision, one_request: bool) -> fx.GraphModule:
+    return vino.prepare(module, precision)
+
+
+def _openvino(module: fx.GraphModule, device: torch.device, one_request: bool) -> Run:
+    return vino.compiled(module, one_request=one_request)
+
+
 def _aoti(module: fx.GraphModule, device: torch.device, one_request: bool) -> Run:
     return aoti.compiled(module, device, one_request=one_request)
 
@@ -182,7 +200,8 @@ def _packed(module: fx.GraphModule, precision: Precision, one_request: bool) -> 
 
 
 BACKENDS = {
-    "script": Backend(_script, _packed, ("cpu",)),
+    "script": Backend(_script, _packed, ("cpu",), ("fp32", "bf16") if has_packed_linear() else ("fp32",)),
+    "openvino": Backend(_openvino, _for_openvino, ("cpu",), ("fp32", "bf16"), vino.require),
     "inductor": Backend(_inductor, _as_it_is, ("cpu", "cuda")),
     "aoti": Backend(_aoti, _as_it_is, ("cpu", "cuda")),
     "cudagraphs": Backend(_cuda_graphs, _as_it_is, ("cuda",)),
