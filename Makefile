@@ -1,6 +1,6 @@
 # Ninerank: `make demo` and `make test` do everything on a fresh machine with Python 3.10-3.12; `make help` lists the rest.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-kernels test-npu test-cuda-compile lint format docs bench clean
+.PHONY: help setup demo test test-kernels test-npu test-cuda-compile lint format docs bench bench-peers clean
 
 DEVICE ?=
 PYTHON ?=
@@ -57,8 +57,12 @@ docs: ## check the documents: links, code blocks, doctests
 
 bench: ## run bench/NAME.py, print its table, write bench/results/NAME.json
 	@$(SETUP) --for test
-	@test -f "bench/$(NAME).py" || { echo "error: NAME=$(NAME): no bench/$(NAME).py; there are: $$(cd bench && ls *.py | grep -v harness | sed 's/\.py$$//' | xargs)" >&2; exit 2; }
+	@test -f "bench/$(NAME).py" || { echo "error: NAME=$(NAME): no bench/$(NAME).py; there are: $$(cd bench && ls *.py | grep -v -e harness -e peers | sed 's/\.py$$//' | xargs)" >&2; exit 2; }
 	@$(BIN)/python "bench/$(NAME).py" $(ARGS)
+
+bench-peers: ## make .venv-peers with the servers that bench/serving.py measures against
+	@test -x .venv-peers/bin/python || $(BIN)/python -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check "torch==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("torch").split("+")[0])')" numpy mosec
 
 clean: ## remove what was built, not .venv and not data
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis demo
