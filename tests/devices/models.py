@@ -20,6 +20,10 @@ FORMS: dict[str, dict[str, Any]] = {
     "dnn, prelu": {"name": "dnn", "mlp": {**MLP, "activation": "prelu"}},
     "dcnv2, low rank": {"name": "dcnv2", "low_rank": 4, "mlp": MLP},
     "dcnv2, stacked": {"name": "dcnv2", "structure": "stacked", "mlp": MLP},
+    "dcnv2, experts": {"name": "dcnv2", "low_rank": 4, "experts": 3, "mlp": MLP},
+    "fibinet, all": {"name": "fibinet", "bilinear": "all", "mlp": MLP},
+    "autoint, deep": {"name": "autoint", "layers": 1, "mlp": MLP},
+    "masknet, serial": {"name": "masknet", "structure": "serial", "blocks": [32, 16]},
     "din, softmax": {"name": "din", "softmax": True, "attention_activation": "prelu"},
     "din, mean": {"name": "din", "attention": "mean"},
 }

@@ -10,10 +10,12 @@ import pytest
 from typer.testing import CliRunner
 
 from ninerank.cli.main import build
+from ninerank.evaluation.layers import compare_bundle
+from ninerank.evaluation.place import Place
 from ninerank.evaluation.replay import replay
 from ninerank.evaluation.replayer import BundleReplayer
 from ninerank.evaluation.scorer import open_scorer
-from ninerank.predictor.bundle import export_bundle
+from ninerank.predictor.bundle import Bundle, export_bundle
 from ninerank.predictor.client import PredictorClient
 from ninerank.predictor.engine import Engine
 from ninerank.predictor.requestlog import read_log
@@ -76,6 +78,13 @@ def test_the_bundle_scores_as_the_run(dynamic_run: Run, dynamic_bundle: Path, lo
     assert np.abs(engine.score(rows) - open_scorer(dynamic_run.directory, "cpu").score(rows)).max() <= 1e-6
     assert engine.manifest.dynamic["item"] == 30
     assert 0 < engine.manifest.dynamic["user"] <= 60
+
+
+def test_two_places_agree_on_rows_of_dynamic_tables(dynamic_bundle: Path) -> None:
+    found = compare_bundle(Bundle.load(dynamic_bundle), (Place.parse("cpu"), Place.parse("cpu:torch")))
+    assert found.passed, found.verdict
+    assert found.kernels[0].keys() == {"embedding_bag: numba"}
+    assert found.kernels[1].keys() == {"embedding_bag: torch"}
 
 
 def test_unknown_ids_are_ranked_and_replayed(served: tuple[PredictorServer, str, Path], dynamic_bundle: Path) -> None:

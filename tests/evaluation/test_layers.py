@@ -108,6 +108,14 @@ def test_a_replaced_operator_is_named(bundle: Bundle, place: str) -> None:
     assert found.first.name == last, found.verdict
 
 
+def test_tables_in_8_bits_are_compared_by_the_kernel_asked_for(bundle: Bundle, run: Run, tmp_path: Path) -> None:
+    model = build_model(parse_model({"name": "dnn", "embedding_dim": 16, "mlp": {"hidden": [32]}}), run.spec, EmbeddingConfig(), seed=1)
+    export_bundle(model.eval(), run.spec, bundle.golden.rows, tmp_path / "int8", model_name="int8", version="1", tables="int8")
+    found = compare_bundle(Bundle.load(tmp_path / "int8"), (CPU, Place.parse("cpu:torch")))
+    assert found.passed, found.verdict
+    assert [set(kernels) for kernels in found.kernels] == [{"quantized_rows: numba"}, {"quantized_rows: torch"}]
+
+
 def test_changed_rows_are_named_at_the_lookup(bundle: Bundle) -> None:
     rows_VD = bundle.tables["deep"].clone()
     rows_VD[5:] *= 1.01
@@ -211,7 +219,7 @@ def test_triton_interpreted_gives_the_same_layers(bundle_dir: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("cpu:fp17", "unknown 'fp17'; valid: bf16"),
+        ("cpu:fp17", "unknown 'fp17'; valid: .*eager.*fp32"),
         ("cpu:egaer", "did you mean 'eager'"),
         ("cpu:bf16:fp32", "names the precision twice, 'bf16' and 'fp32'"),
         ("cpu:", "unknown ''"),
