@@ -9,6 +9,7 @@ timed. FBGEMM runs without its bounds checks; ours keeps them on.
 
     python bench/embedding.py             the ratios above, then all of ids x pooling x dim (about 5 minutes on two quiet cores)
     python bench/embedding.py --headline  the ratios alone
+    python bench/embedding.py --ids zipf --pooling 20 --dim 8 16   a part of the grid, into a file of its own
 """
 
 import argparse
@@ -16,6 +17,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import cycle, product
 from typing import Any, ClassVar
 
@@ -30,6 +32,7 @@ from ninerank.fusion.lookup import LookupGrad, looked_up
 NUM_TABLES, NUM_ROWS, BATCH_SIZE = 26, 100_000, 4096
 LEARNING_RATE, EPS = 0.01, 1e-8
 NUM_BATCHES = 8
+IDS, POOLINGS, DIMS = ("uniform", "zipf"), (1, 20), (8, 16, 64, 128)
 COPY_BYTES = 1 << 29
 OPTIMIZERS: dict[str, RowOptimizer] = {
     "sgd": SGD(),
@@ -59,6 +62,7 @@ class Case:
     def num_ids(self) -> int:
         return NUM_TABLES * self.batch * self.pooling
 
+    @lru_cache(maxsize=1)  # noqa: B019 - cases live as long as the process
     def batches(self) -> list[Tensor]:
         """Ids of several batches, int64, table by table."""
         generator = torch.Generator().manual_seed(1)
@@ -69,6 +73,12 @@ class Case:
         # Popular ids lie anywhere in a table, as they do after hashing.
         place = torch.randperm(self.rows, generator=generator)
         return [place[torch.searchsorted(cumulated, points).clamp(max=self.rows - 1)] for points in drawn]
+
+    @lru_cache(maxsize=1)  # noqa: B019
+    def num_touched(self) -> int:
+        """Rows that the first batch touches."""
+        table = torch.arange(NUM_TABLES).repeat_interleave(self.num_ids // NUM_TABLES) * self.rows
+        return int(torch.unique(self.batches()[0] + table).numel())
 
     def offsets(self) -> Tensor:
         return torch.arange(NUM_TABLES * self.batch + 1) * self.pooling
@@ -180,21 +190,29 @@ def main() -> None:
     parser.add_argument("--headline", action="store_true", help="uniform ids, pooling 1, dim 16 alone")
     parser.add_argument("--rounds", type=int, default=40, help="rounds of the headline (default 40)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of every rival (default: all cores)")
+    parser.add_argument("--ids", nargs="+", choices=IDS, default=IDS, help="part of the grid")
+    parser.add_argument("--pooling", nargs="+", type=int, choices=POOLINGS, default=POOLINGS, help="part of the grid")
+    parser.add_argument("--dim", nargs="+", type=int, choices=DIMS, default=DIMS, help="part of the grid")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|fbgemm_gpu")
     headline = Case()
-    grid = [grid_case(*point) for point in product(("uniform", "zipf"), (1, 20), (8, 16, 64, 128))]
+    part = [list(options.ids), list(options.pooling), list(options.dim)]
+    is_whole = part == [list(IDS), list(POOLINGS), list(DIMS)]
+    if options.headline and not is_whole:
+        parser.error("--headline is no part of the grid: leave out --ids, --pooling and --dim")
+    grid = [grid_case(*point) for point in product(*part)]
     shapes = {"tables": NUM_TABLES, "rows": NUM_ROWS, "batch": BATCH_SIZE, "threads": options.threads, "headline": headline.name}
     shapes["elsewhere"] = "tables above dim 16: rows * 16 / dim; pooling 20: batch / 4"
-    with Result("embedding", shapes) as result:
+    name = "embedding" if is_whole else "embedding_" + "_".join("-".join(map(str, values)) for values in part)
+    with Result(name, shapes) as result:
         bandwidth = copy_bandwidth(result)
-        for kind, times in measure(headline, options.rounds, warmup=3):
+        for kind, times in measure(headline, options.rounds, warmup=3) if is_whole else ():
             record(result, headline, kind, times, bandwidth)
             if "fbgemm" in times:
                 result.ratio(f"{kind}_vs_fbgemm", times["fbgemm"].p50_ms / times["ours"].p50_ms)
         for case in () if options.headline else grid:
-            if case != headline:
+            if case != headline or not is_whole:
                 for kind, times in measure(case, rounds=10 if case.pooling == 1 else 3, warmup=1):
                     record(result, case, kind, times, bandwidth)
 
@@ -264,9 +282,7 @@ def record(result: Result, case: Case, kind: str, times: dict[str, Timing], band
 
 def bytes_moved(case: Case, kind: str) -> int:
     """Least bytes of a step, by the first batch: ids, rows and outputs; then gradients, touched rows and state both ways."""
-    batches = case.batches()
-    table = torch.arange(NUM_TABLES).repeat_interleave(case.num_ids // NUM_TABLES) * case.rows
-    touched = int(torch.unique(batches[0] + table).numel())
+    touched = case.num_touched()
     row, output = 4 * case.dim, 4 * case.dim * NUM_TABLES * case.batch
     forward = 8 * case.num_ids + row * touched + output
     state = {"forward": 0, "sgd": 0, "adagrad": row, "rowwise_adagrad": 4, "adam": 2 * row + 4, "ftrl": 2 * row}[kind]

@@ -80,33 +80,39 @@ def segment_sum(fixed: int) -> Any:
     @jit_inline
     def add_up(total, begin, keys, carried, grad, grad_row, scale, any_dim):
         dim = any_dim if fixed == 0 else fixed
-        ahead = begin + entries_ahead
-        row = keys[begin]
-        for column in range(0, dim, width):
-            put(total, column, each(np.float32(0)))
+        row, last = keys[begin], keys.size - 1
         n = begin
-        while n < keys.size and keys[n] == row:
-            entry = np.int64(carried[n])
-            output, factor = entry, np.float32(1)
-            if scale is not None:
-                factor = scale[entry]
-                if grad_row is not None:
-                    output = np.int64(grad_row[entry])
-            if scale is None:
-                for column in range(0, dim, width):
-                    put(total, column, get(total, column) + get(grad, output * dim + column))
-            else:
-                for column in range(0, dim, width):
-                    put(total, column, get(total, column) + each(factor) * get(grad, output * dim + column))
-            n += 1
-        for later in range(ahead, min(ahead + n - begin, keys.size)):
+        while True:
+            # Every entry brings one of those ahead nearer.
+            later = min(n + entries_ahead, last)
             entry = np.int64(carried[later])
             output = entry
             if scale is not None and grad_row is not None:
                 output = np.int64(grad_row[entry])
             for column in range(0, dim, FLOAT_LINE):
                 prefetch(grad, output * dim + column)
-        return n
+            entry = np.int64(carried[n])
+            output = entry
+            if scale is None:
+                if n == begin:
+                    for column in range(0, dim, width):
+                        put(total, column, get(grad, output * dim + column))
+                else:
+                    for column in range(0, dim, width):
+                        put(total, column, get(total, column) + get(grad, output * dim + column))
+            else:
+                factor = each(scale[entry])
+                if grad_row is not None:
+                    output = np.int64(grad_row[entry])
+                if n == begin:
+                    for column in range(0, dim, width):
+                        put(total, column, factor * get(grad, output * dim + column))
+                else:
+                    for column in range(0, dim, width):
+                        put(total, column, get(total, column) + factor * get(grad, output * dim + column))
+            n += 1
+            if n > last or keys[n] != row:
+                return n
 
     return add_up
 
