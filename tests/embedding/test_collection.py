@@ -119,7 +119,7 @@ def test_gradients_of_both_modes_agree_and_check_numerically(spec: FeatureSpec, 
         assert b.storage.grad is not None
         row_K, grad_KD = summed.rows_N, summed.grad_GD
         assert torch.equal(row_K, row_K.unique())
-        torch.testing.assert_close(torch.zeros_like(b.storage).index_copy(0, row_K, grad_KD), b.storage.grad, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(torch.zeros_like(b.storage).index_copy(0, row_K.long(), grad_KD), b.storage.grad, atol=1e-5, rtol=1e-5)
     dense.double()
     dense_batch = replace(
         batch,

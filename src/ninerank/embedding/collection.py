@@ -271,7 +271,7 @@ class EmbeddingCollection(nn.Module):
         ready = self.prepare(batch)
         # What `prepare` has just made, it has checked.
         if check and ready is batch and batch.item.dense_RF.device.type == "cpu":
-            self.check(batch)
+            self.check(batch, ids=False)
         return ready
 
     def _indices(self, batch: Batch, length: SequenceLength, *, apart: bool = False) -> list[tuple[str | None, Part, BatchIndex]]:
@@ -283,8 +283,11 @@ class EmbeddingCollection(nn.Module):
     def _rows(self, table: str | None, group: str) -> Rows:
         return self._group(group) if table is None else ManagedRows(self.managed[table], group)
 
-    def check(self, batch: Batch) -> None:
-        """Raise DataError for an id outside its table, other features than the spec's, or sides that do not fit together."""
+    def check(self, batch: Batch, *, ids: bool = True) -> None:
+        """Raise DataError for an id outside its table, other features than the spec's, or sides that do not fit together.
+
+        ids: whether to look at ids too; the lookup of a batch on the host does by itself.
+        """
         num_requests, num_rows, user_row_B = batch.request.num_rows, batch.item.num_rows, batch.user_row_B
         if user_row_B is None:
             if num_requests != num_rows:
@@ -295,13 +298,13 @@ class EmbeddingCollection(nn.Module):
             raise DataError(f"user_row_B spans {int(user_row_B.min())} to {int(user_row_B.max())}, request rows 0 to {num_requests - 1}")
         blocks: dict[Side, Block] = {"request": batch.request, "item": batch.item}
         for side, block in blocks.items():
-            for keys, ids in zip(self._expected[side], (block.single, block.bags, block.sequences), strict=True):
-                if ids.keys != keys:
-                    raise DataError(f"batch holds the features {list(ids.keys)}, this model takes {list(keys)} here")
+            for keys, held in zip(self._expected[side], (block.single, block.bags, block.sequences), strict=True):
+                if held.keys != keys:
+                    raise DataError(f"batch holds the features {list(held.keys)}, this model takes {list(keys)} here")
         for part in (self.static, *(self._parts[name] for name in self.managed)):
             own = part.select(batch)
-            part.request.check(own.request, ids=part is self.static)
-            part.item.check(own.item, ids=part is self.static)
+            part.request.check(own.request, ids=ids and part is self.static)
+            part.item.check(own.item, ids=ids and part is self.static)
 
     def _group(self, name: str) -> TableGroup:
         group = self.groups[name]

@@ -11,7 +11,7 @@ from torch import Tensor
 from ninerank.embedding.table import TableLayout
 from ninerank.errors import DataError
 from ninerank.features.batch import Block, KeyedJagged
-from ninerank.fusion.kernels.embedding_rows import row_dtype
+from ninerank.fusion.kernels.embedding_rows import IdRangeError, embedding_rows, row_dtype
 
 __all__ = ["KeyRows", "SideRows", "lengths_of"]
 
@@ -41,7 +41,7 @@ class Constants:
 class KeyRows:
     """Row offset and size of the table behind each feature of one kind on one side.
 
-    On a device, rows of a storage that int32 can count are int32: Ascend computes int64 slowly, and half as much is moved.
+    Rows of a storage that int32 can count are int32: Ascend computes int64 slowly, and half as much is moved.
     """
 
     def __init__(self, layout: TableLayout, tables: Mapping[str, str]) -> None:
@@ -49,18 +49,35 @@ class KeyRows:
         self.tables = tuple(tables.values())
         slices = self.slices = [layout.rows_of(table) for table in self.tables]
         # A managed table's storage grows: it is not in the layout, and rows of it stay as they came.
+        self._num_rows = layout.total_rows
         self._dtype = row_dtype(layout.total_rows) if layout.total_rows else torch.int64
         self.offset_F = Constants([s.start for s in slices], torch.int64, on_device=self._dtype)
         self.size_F = Constants([s.stop - s.start for s in slices], torch.int64)
 
     def single(self, ids: KeyedJagged) -> Tensor:
-        """Storage rows (F, R) of features with exactly one id a row."""
-        return self._values(ids).view(len(self.keys), ids.num_rows) + self.offset_F.on(ids.values.device)[:, None]
+        """Storage rows (F, R) of features with exactly one id a row; on the host ids are checked as `check` does."""
+        shape = (len(self.keys), ids.num_rows)
+        if self._on_host(ids):
+            return self._mapped(ids, None).view(shape)
+        return self._values(ids).view(shape) + self.offset_F.on(ids.values.device)[:, None]
 
     def jagged(self, ids: KeyedJagged) -> Tensor:
-        """Storage rows (N,) of features with any number of ids a row."""
+        """Storage rows (N,) of features with any number of ids a row; on the host ids are checked as `check` does."""
+        if self._on_host(ids):
+            return self._mapped(ids, ids.offsets())
         values = self._values(ids)
         return values + _per_id(self.offset_F.on(ids.values.device), ids) if self.keys else values
+
+    def _on_host(self, ids: KeyedJagged) -> bool:
+        return ids.values.device.type == "cpu" and self._num_rows > 0 and bool(self.keys)
+
+    def _mapped(self, ids: KeyedJagged, offsets: Tensor | None) -> Tensor:
+        """One pass that checks and maps, and no other threads than it needs: as torch operators the two would wait for torch's pool."""
+        device = ids.values.device
+        try:
+            return embedding_rows(ids.values, offsets, self.offset_F.on(device), self.size_F.on(device), None, self._num_rows)
+        except IdRangeError as error:
+            raise self._outside(error.feature, error.id) from None
 
     def _values(self, ids: KeyedJagged) -> Tensor:
         return ids.values if ids.values.device.type == "cpu" else ids.values.to(self._dtype)
@@ -82,9 +99,12 @@ class KeyRows:
         wrong_N = (ids.values < 0) | (ids.values >= _per_id(size_F, ids))
         place = int(wrong_N.nonzero()[0, 0])
         feature = int(_per_id(torch.arange(len(self.keys), device=size_F.device), ids)[place])
-        raise DataError(
-            f"feature {self.keys[feature]!r}: id {int(ids.values[place])} is outside table {self.tables[feature]!r} "
-            f"of {int(size_F[feature])} rows (valid: 0 to {int(size_F[feature]) - 1})"
+        raise self._outside(feature, int(ids.values[place]))
+
+    def _outside(self, feature: int, id_: int) -> DataError:
+        size = self.slices[feature].stop - self.slices[feature].start
+        return DataError(
+            f"feature {self.keys[feature]!r}: id {id_} is outside table {self.tables[feature]!r} of {size} rows (valid: 0 to {size - 1})"
         )
 
 

@@ -21,6 +21,7 @@ from torch.nn import functional
 from ninerank.embedding.pending import PendingGradients
 from ninerank.embedding.pooling import pool_rows
 from ninerank.fusion import lookup
+from ninerank.fusion.kernels import storage as memory
 
 __all__ = ["TableGroup", "TableLayout", "initial_rows"]
 
@@ -92,7 +93,7 @@ class TableGroup(nn.Module):
     @classmethod
     def drawn(cls, name: str, layout: TableLayout, dim: int, *, sparse: bool, init_std: float, seed: int) -> "TableGroup":
         """A group whose rows are the start values of `initial_rows`."""
-        storage_VD = torch.empty(layout.total_rows, dim)
+        storage_VD = memory.zeros((layout.total_rows, dim))
         for table, rows in layout.items():
             for first, block in initial_rows(seed, name, table, rows.stop - rows.start, dim, init_std):
                 storage_VD[rows.start + first : rows.start + first + len(block)] = torch.tensor(block)
