@@ -121,6 +121,20 @@ def test_arrays_are_let_go_when_the_call_is_over() -> None:
     assert sys.getrefcount(numbers) == before
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or not 2 <= (os.cpu_count() or 1) <= threads.MOST_GUIDED + 1, reason="cores")
+def test_helpers_leave_the_core_to_their_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed = os.sched_getaffinity(0)
+    for core in sorted(allowed):
+        monkeypatch.setattr(threads, "_current_core", lambda core=core: core)
+        assert threads.run(lambda thread, of: thread, 3) == [0, 1, 2]
+        helpers = [thread for thread in threading.enumerate() if thread.name.startswith("ninerank-kernel")]
+        assert helpers
+        for helper in helpers:
+            assert helper.native_id is not None
+            assert os.sched_getaffinity(helper.native_id) == allowed - {core} or allowed == {core}
+    assert os.sched_getaffinity(0) == allowed
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_forked_child_and_the_end_of_the_process() -> None:
     """A child has helpers of its own, and a process ends while its helpers wait, or work for a thread that nobody joins."""

@@ -30,6 +30,7 @@ ELEMENTS_PER_THREAD = 1 << 16
 # Places of the counters of `run_shares` in its tickets, each in a cache line of its own.
 TAKEN, DONE, NUM_TICKETS = 0, 16, 32
 POLLS_BEFORE_SLEEP, SLEEP_S = 200, 2e-5
+MOST_GUIDED = 7
 
 
 def num_threads_for(num_elements: int) -> int:
@@ -151,9 +152,10 @@ class _Helpers:
         """Keep helpers off the core that the caller is on.
 
         Linux likes to wake a thread where it was woken from, or where it last ran, and moves it to an idle core milliseconds later:
-        the two then take turns on one core, which is no faster than one thread.
+        the two then take turns on one core, which is no faster than one thread. With many helpers that is one of many, and telling
+        them all would take longer than it saves.
         """
-        core = _current_core()
+        core = _current_core() if len(self._threads) <= MOST_GUIDED else None
         if core is None or core == self._left_core:
             return
         self._left_core = core
