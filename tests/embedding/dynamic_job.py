@@ -17,6 +17,7 @@ from ninerank.embedding.collection import EmbeddingCollection, EmbeddingConfig
 from ninerank.embedding.dynamic.state import reshard, shard_of
 from ninerank.embedding.optimizer import SparseOptimizer
 from ninerank.embedding.sharding import Machine, ShardedEmbeddingCollection, ShardedOptimizer, ShardingConfig, row_bytes
+from ninerank.embedding.sharding.exchange import swap
 from ninerank.features.batch import Batch, Block, KeyedJagged
 from ninerank.features.spec import MISSING_ID, Dynamic, FeatureSpec, IdFeature
 
@@ -157,6 +158,10 @@ def pair() -> dict[str, Any]:
     found = {f"{rule} always": against_one(rule, "always", SOME) for rule in ("sgd", "rowwise_adagrad", "adam")}
     found["adagrad admitted"] = against_one("adagrad", "admitted", ALL)
     found["ftrl evicted"] = against_one("ftrl", "evicted", ALL)
+    found["wires"] = {
+        wire: together("sgd", "always", ALL, None, 20, quantised_comms=wire)[1]["losses"] for wire in ("none", "fp16", "bf16")
+    }
+    found["rounded"] = rounded()
     return {**found, "misuse": misuse(), "accumulated": accumulated()}
 
 
@@ -194,6 +199,15 @@ def accumulated() -> dict[str, Any]:
     met = course(collection, optimizer, own)
     one = EmbeddingCollection(fitted, GROUPS, config("always", ALL), seed=3)
     return {"loss": relative([met], [course(one, SparseOptimizer(one, config_of("adagrad")), data(fitted, 8))])}
+
+
+def rounded() -> dict[str, float]:
+    """Greatest relative error of a value that travels in 16 bits, over the range that fp16 holds with all of its bits."""
+    size_WT = torch.full((dist.get_world_size(), 1), 50)
+    rows = torch.randn(100, 8, generator=torch.Generator().manual_seed(dist.get_rank())).exp()
+    exact = swap(rows, size_WT, size_WT)
+    wires = {"fp16": torch.float16, "bf16": torch.bfloat16}
+    return {name: float(((swap(rows, size_WT, size_WT, wire) - exact) / exact).abs().max()) for name, wire in wires.items()}
 
 
 def misuse() -> dict[str, str]:

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,12 @@ RULES: dict[str, dict[str, Any]] = {
     "rowwise_adagrad": {"lr": 0.2, "weight_decay": 0.01, "max_gradient": 0.05, "max_row_norm": 0.02},
     "adam": {"lr": 0.02, "max_row_norm": 0.02},
     "ftrl": {"lr": 0.2, "l1": 1e-4},
+}
+# What FBGEMM has too.
+PLAIN: dict[str, dict[str, Any]] = {
+    "plain sgd": {"kind": "sgd", "lr": 0.5, "table_lr": {}},
+    "plain adagrad": {"kind": "adagrad", "lr": 0.2, "eps": 1e-6, "initial_accumulator": 0.1, "table_lr": {}},
+    "plain rowwise_adagrad": {"kind": "rowwise_adagrad", "lr": 0.2, "table_lr": {}},
 }
 KINDS: dict[str, dict[str, Any]] = {
     "table_wise": {"default": "table_wise"},
@@ -146,7 +153,7 @@ def train(embedding: EmbeddingCollection, tower: nn.Module, optimizer: Any, part
 
 
 def config_of(rule: str) -> SparseOptimizerConfig:
-    return SparseOptimizerConfig.parse({"kind": rule, "table_lr": {"item": 0.05}, **RULES[rule]}, "sparse")
+    return SparseOptimizerConfig.parse({"kind": rule, "table_lr": {"item": 0.05}, **{**RULES, **PLAIN}[rule]}, "sparse")
 
 
 def one_process(rule: str, clip: float | None, steps: int = STEPS) -> tuple[EmbeddingCollection, SparseOptimizer, dict[str, Any]]:
@@ -232,9 +239,29 @@ def quantised() -> dict[str, Any]:
     clip = None
     _, _, expected = one_process("sgd", clip, 20)
     found = {}
-    for kind in ("table_wise", "row_wise"):
-        _, _, met = many_processes("sgd", {**KINDS[kind], "quantised_comms": "fp16"}, clip, 20)
-        found[kind] = max(abs(a - b) / abs(b) for a, b in zip(met["losses"], expected["losses"], strict=True))
+    for kind, wire in product(("table_wise", "row_wise"), ("fp16", "bf16")):
+        _, _, met = many_processes("sgd", {**KINDS[kind], "quantised_comms": wire}, clip, 20)
+        found[f"{kind} {wire}"] = max(abs(a - b) / abs(b) for a, b in zip(met["losses"], expected["losses"], strict=True))
+    return found
+
+
+def fbgemm(*kinds: str) -> dict[str, Any]:
+    """FBGEMM's kernels against ours in one process."""
+    found: dict[str, Any] = {}
+    for rule in PLAIN:
+        alone, alone_optimizer, expected = one_process(rule, None, 20)
+        values = {key.removeprefix("embedding."): value for key, value in alone.state_dict().items()}
+        for kind in kinds or KINDS:
+            if kind == "data_parallel" or (rule.endswith("rowwise_adagrad") and kind in {"column_wise", "mixed"}):
+                continue
+            with registry.count_dispatches() as counts:
+                collection, optimizer, met = many_processes(rule, {**KINDS[kind], "kernel": "fbgemm"}, None, 20)
+            found[f"{kind} {rule}"] = {
+                "loss": max(abs(a - b) / abs(b) for a, b in zip(met["losses"], expected["losses"], strict=True)),
+                "values": largest(gathered(collection.shards()), values),
+                "state": 0.0 if "sgd" in rule else largest(gathered(optimizer.state_dict()), alone_optimizer.state_dict()),
+                "dispatches": {f"{operator}.{kernel}": count for (operator, kernel), count in counts.items()},
+            }
     return found
 
 
@@ -252,9 +279,16 @@ def refused() -> dict[str, Any]:
         "unknown table": {"tables": {"itme": "row_wise"}},
         "unknown feature": {"pooling": {"histori": 3.0}},
         "no memory": {"memory_bytes": 1000},
-        "bf16 on gloo": {"quantised_comms": "bf16"},
     }
     found = {name: message(lambda own=own: sharded("sgd", own)) for name, own in wrong.items()}
+    for name, rule, kind in (
+        ("adam", "adam", "table_wise"),
+        ("decay", "sgd", "table_wise"),
+        ("rows", "plain rowwise_adagrad", "column_wise"),
+    ):
+        found[f"fbgemm {name}"] = message(lambda rule=rule, kind=kind: sharded(rule, {**KINDS[kind], "kernel": "fbgemm"}))
+    optimizer = sharded("plain sgd", {**KINDS["table_wise"], "kernel": "fbgemm"})[1]
+    found["fbgemm clip"] = message(optimizer.grad_norm)
     found["columns"] = message(lambda: sharded("sgd", {"default": "column_wise"}, {"deep": 9}))
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, found)
@@ -275,10 +309,10 @@ def uneven() -> dict[str, Any]:
 
 def pair() -> dict[str, Any]:
     """All that two processes are asked, in one pair of them: they start slowly."""
-    return {**compare(), "quantised": quantised(), "refused": refused()}
+    return {**compare(), "quantised": quantised(), "refused": refused(), "fbgemm": fbgemm("row_wise", "mixed")}
 
 
-JOBS: dict[str, Callable[..., dict[str, Any]]] = {"pair": pair, "uneven": uneven}
+JOBS: dict[str, Callable[..., dict[str, Any]]] = {"pair": pair, "uneven": uneven, "fbgemm": fbgemm}
 
 
 def run(jobs: Mapping[str, Callable[..., dict[str, Any]]]) -> None:

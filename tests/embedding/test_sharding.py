@@ -54,14 +54,47 @@ def test_three_processes_and_tables_of_fewer_rows(run_job: RunJob) -> None:
 
 
 def test_half_precision_on_the_way_stays_within_its_bound(compared: dict[str, Any]) -> None:
-    for difference in compared["quantised"].values():
-        assert 1e-7 < difference < 5e-3
+    for kind in ("table_wise", "row_wise"):
+        halved, shortened = (compared["quantised"][f"{kind} {wire}"] for wire in ("fp16", "bf16"))
+        assert 1e-7 < halved < 1e-3
+        assert 2 * halved < shortened < 5e-3  # three bits fewer
 
 
 def test_every_process_refuses_what_cannot_be(compared: dict[str, Any]) -> None:
     for said in compared["refused"]["by rank"]:
         assert "unknown table 'itme'; did you mean 'item'?" in said["unknown table"]
         assert "'histori' is no feature with a table; did you mean 'history'?" in said["unknown feature"]
-        assert "fp16 or none" in said["bf16 on gloo"]
+        assert "it has no 'adam' that is ours; it has sgd, adagrad, rowwise_adagrad" in said["fbgemm adam"]
+        assert "does not take optimizer.sparse.weight_decay = 0.01" in said["fbgemm decay"]
+        assert "is column-wise, and its row-wise Adagrad takes the mean square of each part" in said["fbgemm rows"]
+        assert "no schedule.clip_norm" in said["fbgemm clip"]
         assert "9 columns (group 'deep') do not divide among 2 processes" in said["columns"]
         assert said["no memory"].startswith("DeviceError: sharding: ")
+
+
+def test_fbgemm_is_the_kernel_that_ran_and_trains_as_ours(compared: dict[str, Any]) -> None:
+    check_fbgemm(compared["fbgemm"], "row_wise")
+    for rule in ("sgd", "adagrad"):
+        counts = compared["fbgemm"][f"mixed plain {rule}"]["dispatches"]
+        assert counts["embedding_bag.numba"] >= 40  # a table that all processes copy stays with our kernels too
+        assert counts["embedding_sequence.fbgemm"] == 20
+
+
+@pytest.mark.slow
+def test_fbgemm_over_every_kind(run_job: RunJob) -> None:
+    found = run_job(JOB, "fbgemm")
+    for kind in ("table_wise", "row_wise", "column_wise"):
+        check_fbgemm(found, kind)
+    check_fbgemm(run_job(JOB, "fbgemm", "row_wise", world_size=3), "row_wise")
+
+
+def check_fbgemm(found: dict[str, Any], kind: str) -> None:
+    for name, own in found.items():
+        if name.startswith(kind):
+            assert max(own["loss"], own["values"], own["state"]) <= 1e-5, name
+            # 20 steps; the group of dim 1 stays with our kernels: FBGEMM takes columns in fours. Table-wise, a process may hold it alone.
+            counts = own["dispatches"]
+            if kind != "table_wise":
+                for operator in ("embedding_bag", "embedding_sequence"):
+                    assert counts[f"{operator}.fbgemm"] == counts[f"{operator}.numba"] == 20, name
+                assert counts["embedding_update.numba"] == 40, name

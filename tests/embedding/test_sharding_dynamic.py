@@ -48,6 +48,14 @@ def test_gradients_of_two_batches_add_up(found: dict[str, Any]) -> None:
     assert found["accumulated"]["loss"] <= 1e-5
 
 
+def test_half_precision_on_the_way_stays_within_its_bound(found: dict[str, Any]) -> None:
+    exact = found["wires"]["none"]
+    for wire, bits, bound in (("fp16", 11, 1e-3), ("bf16", 8, 5e-3)):
+        difference = max(abs(a - b) / abs(b) for a, b in zip(found["wires"][wire], exact, strict=True))
+        assert 1e-7 < difference < bound
+        assert 2.0 ** -(bits + 2) < found["rounded"][wire] <= 2.0**-bits
+
+
 def test_a_batch_out_of_turn_is_refused(found: dict[str, Any]) -> None:
     said = found["misuse"]
     assert "the batch that was prepared last" in said["old batch"]

@@ -36,6 +36,8 @@ def build_for(recipe: Recipe, spec: FeatureSpec, device: Device, processes: Proc
     if processes.world_size == 1:
         return build_model(recipe.model, spec, recipe.embedding, seed=recipe.seed).to(device.torch_device)
     _check_untiered(recipe)
+    if recipe.sharding.kernel == "fbgemm" and recipe.schedule.clip_norm is not None:
+        raise SpecError("sharding.kernel fbgemm updates tables in the backward pass: no schedule.clip_norm, or take kernel auto")
     if recipe.embedding.mode == "dense":
         return build_model(recipe.model, spec, recipe.embedding, seed=recipe.seed).to(device.torch_device)
     from ninerank.embedding.sharding import ShardedEmbeddingCollection, row_bytes

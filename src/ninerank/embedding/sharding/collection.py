@@ -24,12 +24,14 @@ from ninerank.embedding.sharding.capacity import Everyone
 from ninerank.embedding.sharding.config import ShardingConfig
 from ninerank.embedding.sharding.dealt import Dealt, DealtRows, DealtTables
 from ninerank.embedding.sharding.exchange import global_sum
+from ninerank.embedding.sharding.fbgemm import FBGEMM, FbgemmStorage, takes
 from ninerank.embedding.sharding.plan import Growing, Machine, Placed, Plan
 from ninerank.embedding.sharding.storage import BlockStorage, Held
 from ninerank.embedding.sharding.tables import ShardTable, check_sharding, growing_tables, shard_tables
 from ninerank.errors import DataError, NinerankError, SpecError
 from ninerank.features.batch import Batch, KeyedJagged
 from ninerank.features.spec import FeatureSpec, IdFeature, SequenceFeature
+from ninerank.fusion.kernels import registry
 
 __all__ = ["ShardedEmbeddingCollection"]
 
@@ -67,12 +69,11 @@ class ShardedEmbeddingCollection(EmbeddingCollection):
     ) -> None:
         if config.mode != "sparse":
             raise SpecError("sharding needs embedding mode 'sparse'; in mode 'dense' every process keeps all tables")
-        if sharding.quantised_comms == "bf16" and machine.kind == "cpu":
-            raise SpecError("sharding.quantised_comms: gloo does not add bf16; on cpu take fp16 or none")
         check_sharding(spec, groups, sharding, machine.world_size)
         super().__init__(spec, {}, config, seed=seed)
         self.dims = dict(groups)
         self.device = device
+        self.kernel = sharding.kernel
         self.storages: list[BlockStorage] = []
         self._tables = shard_tables(spec, sharding)
         sizes = growing_tables(spec, groups, row_bytes)
@@ -101,8 +102,14 @@ class ShardedEmbeddingCollection(EmbeddingCollection):
         at = {(placed.table, placed.group): placed for placed in self.plan.placed}
         placed: dict[str, Placed] = {name: at[table.name, group] for name, (table, group) in names.items()}
 
-        def make(held: tuple[Held, ...]) -> BlockStorage:
-            storage = BlockStorage(held, self.device, kernel=sharding.kernel, seed=seed, init_std=self.config.init_std)
+        def make(held: tuple[Held, ...], num_features: int) -> BlockStorage:
+            start: dict[str, Any] = {"seed": seed, "init_std": self.config.init_std}
+            storage: BlockStorage
+            if sharding.kernel == FBGEMM and takes(held[0]):
+                storage = FbgemmStorage(held, self.device, num_features, **start)
+            else:
+                own = registry.AUTO if sharding.kernel == FBGEMM else sharding.kernel
+                storage = BlockStorage(held, self.device, kernel=own, **start)
             self.storages.append(storage)
             return storage
 

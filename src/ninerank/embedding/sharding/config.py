@@ -20,8 +20,8 @@ class ShardingConfig(Config):
     or `auto`: the planner chooses by predicted time and memory. pooling: mean ids a row by feature, as the planner assumes
     them (1 for one id a row, else `max_length` of the spec, or 10). memory_bytes: what the tables of one process may take; by default
     80 % of its device's memory, or of its share of the host's. quantised_comms: type in which embeddings and their gradients travel.
-    kernel: compute kernel of lookups and updates, by the name it has in `ninerank.fusion.kernels`. timeout_s: a collective call that
-    takes longer ends the run with an error.
+    kernel: compute kernel of lookups and updates of static tables, by the name it has in `ninerank.fusion.kernels`, or `fbgemm` for
+    FBGEMM's table-batched embeddings; `auto`: one of ours. timeout_s: a collective call that takes longer ends the run with an error.
     """
 
     default: ShardingKind = "auto"
@@ -29,7 +29,7 @@ class ShardingConfig(Config):
     pooling: dict[str, Positive] = Field(default_factory=dict)
     memory_bytes: PositiveInt | None = None
     quantised_comms: Literal["none", "fp16", "bf16"] = "none"
-    kernel: Literal["auto", "numba", "triton", "torch"] = "auto"
+    kernel: Literal["auto", "numba", "triton", "torch", "fbgemm"] = "auto"
     timeout_s: Positive = 1800.0
 
     def kind_of(self, table: str) -> ShardingKind:

@@ -19,7 +19,9 @@ from ninerank.embedding.pending import PendingGradients
 from ninerank.embedding.shard import Shard, absent
 from ninerank.embedding.sharding.collection import ShardedEmbeddingCollection
 from ninerank.embedding.sharding.exchange import gather_rows, global_sum
+from ninerank.embedding.sharding.fbgemm import FBGEMM, check_fbgemm
 from ninerank.embedding.sharding.storage import BlockStorage
+from ninerank.errors import SpecError
 from ninerank.fusion.kernels.embedding_update import RowOptimizer, RowwiseAdagrad
 from ninerank.fusion.lookup import LookupGrad
 
@@ -45,23 +47,33 @@ class ShardedOptimizer:
 
     def __init__(self, collection: ShardedEmbeddingCollection, config: SparseOptimizerConfig) -> None:
         config.check_tables([*(placed.table for placed in collection.plan.placed), *collection.managed])
+        if collection.kernel == FBGEMM:
+            check_fbgemm(config, collection.plan.placed, collection.device)
         self.config = config
-        self.lr_scale = 1.0
+        self._is_clippable = collection.kernel != FBGEMM
         self._rule = config.rule
         self._storages = collection.storages
         self._placed = collection.plan.placed
         self._device = collection.device
         self._world_size = collection.plan.world_size
         self._lr_T = [torch.tensor([config.lr_of(held.table) for held in storage.held], device=self._device) for storage in self._storages]
-        self._state = [self._new_state(storage, lr_T) for storage, lr_T in zip(self._storages, self._lr_T, strict=True)]
+        self._state = [storage.new_state(self._rule, lr_T) for storage, lr_T in zip(self._storages, self._lr_T, strict=True)]
+        self.lr_scale = 1.0
         self._is_exchanged = False
         self._dealt, self._managed = collection.dealt, collection.managed
         for name, table in self._managed.items():
             table.train_with(self._rule, config.lr_of(name))
 
-    def _new_state(self, storage: BlockStorage, lr_T: Tensor) -> dict[str, Tensor]:
-        sizes = torch.tensor([len(held.block.rows) for held in storage.held], device=self._device)
-        return dict(zip(self._rule.state_names, self._rule.new_state(storage.weight, lr_T.repeat_interleave(sizes)), strict=True))
+    @property
+    def lr_scale(self) -> float:
+        """What every learning rate is multiplied by; to be set before the backward pass. No collective call."""
+        return self._lr_scale
+
+    @lr_scale.setter
+    def lr_scale(self, scale: float) -> None:
+        self._lr_scale = scale
+        for storage in self._storages:
+            storage.expect(scale)
 
     def zero_grad(self) -> None:
         """Forget all gradients; no collective call."""
@@ -74,7 +86,12 @@ class ShardedOptimizer:
         self._is_exchanged = False
 
     def grad_norm(self) -> Tensor:
-        """L2 norm over all touched rows of all processes, duplicates summed first; a scalar, the same everywhere."""
+        """L2 norm over all touched rows of all processes, duplicates summed first; a scalar, the same everywhere.
+
+        Raises SpecError where FBGEMM has applied the gradients already.
+        """
+        if not self._is_clippable:
+            raise SpecError("sharding.kernel fbgemm updates tables in the backward pass: no schedule.clip_norm, or take kernel auto")
         self._exchange()
         own, copied = torch.zeros(2, device=self._device).unbind()
         for storage in self._storages:
@@ -109,8 +126,7 @@ class ShardedOptimizer:
             if self._needs_whole_rows and storage.is_column_wise:
                 self._update_columns(storage, state, lr_T * self.lr_scale)
             else:
-                own = (storage.weight, list(state.values()), storage.first_row_T, lr_T * self.lr_scale, self._rule)
-                storage.gradients.apply(*own, kernel=storage.kernel)
+                storage.update(state, lr_T * self.lr_scale, self._rule)
         for table in self._managed.values():
             table.update(self.lr_scale)
         if self._dealt is not None:

@@ -3,6 +3,7 @@
 Shape legend: N ids, R rows of the storage, F features, B bags a feature, D columns, K touched rows, T tables.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -13,6 +14,7 @@ from ninerank.embedding.pending import PendingGradients
 from ninerank.embedding.shard import Shard
 from ninerank.embedding.sharding.plan import Block
 from ninerank.embedding.table import initial_rows
+from ninerank.fusion.kernels.embedding_update import RowOptimizer
 from ninerank.fusion.lookup import LookupGrad, pooled, sequence
 
 __all__ = ["BlockStorage", "Held"]
@@ -64,6 +66,18 @@ class BlockStorage(nn.Module):
     def is_column_wise(self) -> bool:
         """Whether rows are shared out by columns; then all blocks here are, for TorchRec keeps kinds apart."""
         return len(self.held[0].block.columns) < self.held[0].dim
+
+    def new_state(self, rule: RowOptimizer, lr_T: Tensor) -> dict[str, Tensor]:
+        """State by name of all rows, where blocks are to be trained with these learning rates."""
+        lr_R = lr_T.repeat_interleave(torch.tensor([rows.stop - rows.start for rows in self.slices], device=lr_T.device))
+        return dict(zip(rule.state_names, rule.new_state(self.weight, lr_R), strict=True))
+
+    def update(self, state: Mapping[str, Tensor], lr_T: Tensor, rule: RowOptimizer) -> None:
+        """Update the touched rows and their state in place."""
+        self.gradients.apply(self.weight, list(state.values()), self.first_row_T, lr_T, rule, kernel=self.kernel)
+
+    def expect(self, lr_scale: float) -> None:
+        """Learn what the next update will multiply learning rates by, before the backward pass."""
 
     def look_up_bags(self, ids_N: Tensor, length_M: Tensor, table_F: list[int]) -> Tensor:
         """Sums (B, F * D) of bags; ids lie feature by feature, `table_F` names the place of each one's table in `held`."""

@@ -23,10 +23,10 @@ from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEm
 from torchrec.distributed.embedding_lookup import GroupedEmbeddingsLookup, GroupedPooledEmbeddingsLookup
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, GroupedEmbeddingConfig
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
-from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
+from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner.types import Stats
-from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingEnv, ShardingPlan, ShardingType
+from torchrec.distributed.types import CommOp, EmbeddingModuleShardingPlan, ShardingEnv, ShardingPlan, ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -50,10 +50,13 @@ __all__ = [
 
 KINDS = [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value, ShardingType.COLUMN_WISE.value, ShardingType.DATA_PARALLEL.value]
 
+CODED = (CommOp.POOLED_EMBEDDINGS_ALL_TO_ALL, CommOp.POOLED_EMBEDDINGS_REDUCE_SCATTER, CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL)
+
 # What TorchRec does to ids on their way, on the device that they lie on.
 OPERATORS = ("permute_2D_sparse_data", "block_bucketize_sparse_features", "asynchronous_complete_cumsum", "permute_pooled_embs")
 
-MakeStorage = Callable[[tuple[Held, ...]], BlockStorage]
+# Of these blocks, for so many features that are pooled, or for 0 whose ids are looked up one by one.
+MakeStorage = Callable[[tuple[Held, ...], int], BlockStorage]
 
 
 def table_name(group: int, table: int) -> str:
@@ -110,7 +113,9 @@ class Collections(nn.Module):
 
 
 class _Kernel(nn.Module):
-    """Lookup of one group of tables that TorchRec formed, for pooled features."""
+    """Lookup of one group of tables that TorchRec formed."""
+
+    is_pooled: bool
 
     def __init__(self, config: GroupedEmbeddingConfig, make: MakeStorage, held: Mapping[str, Held]) -> None:
         super().__init__()
@@ -122,8 +127,9 @@ class _Kernel(nn.Module):
             while stop < len(tables) and tables[stop].local_cols == tables[start].local_cols:
                 stop += 1
             own = tables[start:stop]
-            storage = make(tuple(_checked(table, held[table.name]) for table in own))
-            self.runs.append((storage, [place for place, table in enumerate(own) for _ in table.feature_names]))
+            table_F = [place for place, table in enumerate(own) for _ in table.feature_names]
+            storage = make(tuple(_checked(table, held[table.name]) for table in own), len(table_F) if self.is_pooled else 0)
+            self.runs.append((storage, table_F))
             start = stop
 
     def _parts(self, features: KeyedJaggedTensor) -> list[KeyedJaggedTensor]:
@@ -133,6 +139,8 @@ class _Kernel(nn.Module):
 
 
 class _PooledKernel(_Kernel):
+    is_pooled = True
+
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
         parts = zip(self.runs, self._parts(features), strict=True)
         found = [storage.look_up_bags(part.values(), part.lengths(), table_F) for (storage, table_F), part in parts]
@@ -140,6 +148,8 @@ class _PooledKernel(_Kernel):
 
 
 class _EachKernel(_Kernel):
+    is_pooled = False
+
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
         parts = zip(self.runs, self._parts(features), strict=True)
         found = [storage.look_up_each(part.values(), part.lengths(), table_F) for (storage, table_F), part in parts]
@@ -283,7 +293,7 @@ def distribute(
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # warns of a name that TorchRec uses
     rank = dist.get_rank()
     held = {name: _held(each, each.block(rank, plan.world_size)) for name, each in placed.items()}
-    built = sharders(make, held, _codecs(quantised, device))
+    built = sharders(make, held, _codecs(quantised))
     modules = {
         path: _module_plan(module, plan, placed, built[0 if path == "bags" else 1], device.type, local_world_size)
         for path, module in collections.paths().items()
@@ -347,8 +357,10 @@ def _generator(placed: Placed, world_size: int) -> Any:
     return sharding_plan.data_parallel()
 
 
-def _codecs(quantised: str, device: torch.device) -> Any:
+def _codecs(quantised: str) -> Any:
     if quantised == "none":
         return None
     precision = CommType(quantised)
-    return get_qcomm_codecs_registry(QCommsConfig(forward_precision=precision, backward_precision=precision), device=device)
+    codecs = get_qcomm_codecs(QCommsConfig(forward_precision=precision, backward_precision=precision))
+    # One for each operation, as TorchRec would have it, which takes fp16 for bf16 over gloo: that adds both.
+    return {operation.name: codecs for operation in CODED}

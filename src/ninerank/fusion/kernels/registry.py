@@ -26,7 +26,7 @@ from torch.nn import Parameter
 
 from ninerank.errors import DeviceError, nearest
 
-__all__ = ["AUTO", "Kernel", "available", "choose", "count_dispatches", "is_plain", "operators", "preferring", "register"]
+__all__ = ["AUTO", "Kernel", "available", "choose", "count_dispatches", "is_plain", "note", "operators", "preferring", "register"]
 
 AUTO = "auto"
 
@@ -100,11 +100,16 @@ def choose(operator: str, device_type: str, name: str = AUTO) -> Callable[..., A
         with _lock:
             _chosen[key] = found
     kernel, function = found
+    note(operator, kernel.name)
+    return function
+
+
+def note(operator: str, kernel: str) -> None:
+    """Count one dispatch; for kernels of others, which are called without `choose`."""
     if _counters:
         with _lock:
             for counter in _counters:
-                counter[operator, kernel.name] += 1
-    return function
+                counter[operator, kernel] += 1
 
 
 @contextmanager
