@@ -26,7 +26,7 @@ from ninerank.features.spec import (
 # Processes of tests, which import each other from this folder.
 collect_ignore = ["dynamic_job.py", "sharding_job.py"]
 
-WAIT_S = 240
+WAIT_S = 600
 MakeBatch = Callable[..., Batch]
 
 

@@ -1,4 +1,4 @@
-"""What one process of the tests of dealt tables does: the model of `sharding_job` with raw ids, over several processes and in one.
+"""What one process of the tests of dealt tables does: the model of `sharding_job` with raw ids or tiers, over several processes and in one.
 
 usage: dynamic_job.py RANK WORLD_SIZE PORT OUT.json JOB [ARGUMENT ...]
 """
@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from sharding_job import GROUPS, ROWS, STEPS, Tower, batches, config_of, part, run, spec, train
+from sharding_job import GROUPS, ROWS, STEPS, Tower, batches, config_of, gathered, largest, part, run, spec, train
 from torch import Tensor
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ninerank.embedding.collection import EmbeddingCollection, EmbeddingConfig
 from ninerank.embedding.dynamic.state import reshard, shard_of
 from ninerank.embedding.optimizer import SparseOptimizer
+from ninerank.embedding.shard import Shard
 from ninerank.embedding.sharding import Machine, ShardedEmbeddingCollection, ShardedOptimizer, ShardingConfig, row_bytes
 from ninerank.embedding.sharding.exchange import swap
 from ninerank.features.batch import Batch, Block, KeyedJagged
@@ -83,13 +84,13 @@ def alone(rule: str, policy: str, tables: tuple[str, ...], clip: float | None, s
 
 
 def sharded(
-    rule: str, policy: str, tables: tuple[str, ...], **sharding: Any
+    rule: str, policy: str, tables: tuple[str, ...], tiers: dict[str, Any] | None = None, **sharding: Any
 ) -> tuple[ShardedEmbeddingCollection, ShardedOptimizer, FeatureSpec]:
     world_size, fitted, optimizer = dist.get_world_size(), dynamic_spec(tables), config_of(rule)
     collection = ShardedEmbeddingCollection(
         fitted,
         GROUPS,
-        config(policy, tables),
+        config(policy, tables, tiers=tiers or {}),
         seed=3,
         sharding=ShardingConfig.parse(sharding, "sharding"),
         machine=Machine("cpu", world_size, world_size, 1 << 28),
@@ -153,15 +154,14 @@ def against_one(rule: str, policy: str, tables: tuple[str, ...]) -> dict[str, An
     }
 
 
-def pair() -> dict[str, Any]:
-    """A few of all cases, for every run of the tests."""
-    found = {f"{rule} always": against_one(rule, "always", SOME) for rule in ("sgd", "rowwise_adagrad", "adam")}
+def pair(folder: str) -> dict[str, Any]:
+    """A few of all cases, for every run of the tests; folder: for tables on disk."""
+    found = {f"{rule} always": against_one(rule, "always", SOME) for rule in ("rowwise_adagrad", "adam")}
     found["adagrad admitted"] = against_one("adagrad", "admitted", ALL)
     found["ftrl evicted"] = against_one("ftrl", "evicted", ALL)
-    found["wires"] = {
-        wire: together("sgd", "always", ALL, None, 20, quantised_comms=wire)[1]["losses"] for wire in ("none", "fp16", "bf16")
-    }
+    found["wires"] = {wire: together("sgd", "always", ALL, None, 20, quantised_comms=wire)[1]["losses"] for wire in ("none", "bf16")}
     found["rounded"] = rounded()
+    found["tiered"] = {rule: tiered(rule, f"{folder}/{rule}") for rule in ("rowwise_adagrad",)}
     return {**found, "misuse": misuse(), "accumulated": accumulated()}
 
 
@@ -199,6 +199,27 @@ def accumulated() -> dict[str, Any]:
     met = course(collection, optimizer, own)
     one = EmbeddingCollection(fitted, GROUPS, config("always", ALL), seed=3)
     return {"loss": relative([met], [course(one, SparseOptimizer(one, config_of("adagrad")), data(fitted, 8))])}
+
+
+def tiered(rule: str, folder: str) -> dict[str, Any]:
+    """Tables of which the device holds few rows, on the host and on disk, beside a dynamic one, against tables in memory."""
+    clip = 0.05 if rule in {"sgd", "adam"} else None
+    tiers = {"item": {"cache_rows": 40}, "user": {"cache_rows": 12, "placement": "disk", "directory": folder}}
+    one, expected = alone(rule, "always", ("tag",), clip)
+    collection, optimizer, fitted = sharded(rule, "always", ("tag",), tiers=tiers)
+    tower = DistributedDataParallel(Tower(len(collection.keys)))
+    met = train(collection, tower, optimizer, own_part(data(fitted)), clip)
+    shards = {key: value for key, value in collection.static_state().items() if isinstance(value, Shard)}
+    values = {key.removeprefix("embedding."): value for key, value in one.state_dict().items() if "managed" not in key}
+    found = {
+        "loss": relative(met["losses"], expected["losses"]),
+        "norm": relative(met["norms"], expected["norms"]),
+        "values": largest(gathered(shards), values),
+        "evictions": collection.table_metrics()["table.user.evictions"],
+        "parameters": [collection.num_values, one.num_values],
+    }
+    collection.close()
+    return found
 
 
 def rounded() -> dict[str, float]:

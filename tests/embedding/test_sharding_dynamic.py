@@ -1,4 +1,4 @@
-"""Dynamic tables over several processes against one: real processes over gloo, each job in one set of them since they start slowly."""
+"""Dynamic and tiered tables over several processes against one: real processes over gloo, which start slowly: all in one set of them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +11,12 @@ pytestmark = pytest.mark.distributed
 
 JOB = Path(__file__).with_name("dynamic_job.py")
 RunJob = Callable[..., dict[str, Any]]
-CASES = ("sgd always", "rowwise_adagrad always", "adam always", "adagrad admitted", "ftrl evicted")
+CASES = ("rowwise_adagrad always", "adam always", "adagrad admitted", "ftrl evicted")
 
 
 @pytest.fixture(scope="module")
-def found(run_job: RunJob) -> dict[str, Any]:
-    return run_job(JOB, "pair")
+def found(run_job: RunJob, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run_job(JOB, "pair", str(tmp_path_factory.mktemp("tiers")))
 
 
 def check(case: dict[str, Any]) -> None:
@@ -49,11 +49,18 @@ def test_gradients_of_two_batches_add_up(found: dict[str, Any]) -> None:
 
 
 def test_half_precision_on_the_way_stays_within_its_bound(found: dict[str, Any]) -> None:
-    exact = found["wires"]["none"]
-    for wire, bits, bound in (("fp16", 11, 1e-3), ("bf16", 8, 5e-3)):
-        difference = max(abs(a - b) / abs(b) for a, b in zip(found["wires"][wire], exact, strict=True))
-        assert 1e-7 < difference < bound
+    exact, short = found["wires"]["none"], found["wires"]["bf16"]
+    assert 1e-6 < max(abs(a - b) / abs(b) for a, b in zip(short, exact, strict=True)) < 5e-3
+    for wire, bits in (("fp16", 11), ("bf16", 8)):
         assert 2.0 ** -(bits + 2) < found["rounded"][wire] <= 2.0**-bits
+
+
+def test_tiered_tables_train_as_tables_in_memory(found: dict[str, Any]) -> None:
+    for own in found["tiered"].values():
+        assert max(own["loss"], own["norm"]) <= 1e-5
+        assert own["values"] <= 3e-5  # lazy Adam divides small numbers by small numbers
+        assert own["evictions"] > 0
+        assert own["parameters"][0] == own["parameters"][1]
 
 
 def test_a_batch_out_of_turn_is_refused(found: dict[str, Any]) -> None:

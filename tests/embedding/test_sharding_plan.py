@@ -12,10 +12,11 @@ from rich.console import Console
 from ninerank.embedding import dynamic
 from ninerank.embedding.dynamic import Capacity, eviction, storage
 from ninerank.embedding.sharding import capacity, make_plan
+from ninerank.embedding.sharding.blocks import RowBlocks
 from ninerank.embedding.sharding.config import ShardingConfig
 from ninerank.embedding.sharding.plan import Machine, Placed, Plan
-from ninerank.embedding.sharding.tables import ShardTable, check_sharding, growing_tables, shard_tables
-from ninerank.errors import DeviceError, SpecError
+from ninerank.embedding.sharding.tables import ShardTable, check_sharding, shard_tables, tables_apart
+from ninerank.errors import DataError, DeviceError, SpecError
 from ninerank.features.spec import FeatureSpec, IdFeature
 
 GROUPS = {"deep": 16, "linear": 1}
@@ -108,9 +109,9 @@ def test_dynamic_tables_lie_by_id_and_are_not_placed():
     with pytest.raises(SpecError, match="item = row_wise, but it is a dynamic table: its rows always lie by id"):
         check_sharding(spec, GROUPS, ShardingConfig(tables={"item": "row_wise"}), 2)
     assert shard_tables(spec, ShardingConfig()) == ()
-    growing = growing_tables(spec, GROUPS, ROW_BYTES)
-    plan = make_plan((), GROUPS, ShardingConfig(), Machine("cpu", 2, 2, 1 << 20), batch_size=8, row_bytes=ROW_BYTES, growing=growing)
-    assert [(each.group, each.dim, each.row_bytes) for each in plan.growing] == [("deep", 16, 128), ("linear", 1, 8)]
+    apart = tables_apart(spec, GROUPS, ROW_BYTES)
+    plan = make_plan((), GROUPS, ShardingConfig(), Machine("cpu", 2, 2, 1 << 20), batch_size=8, row_bytes=ROW_BYTES, apart=apart)
+    assert [(each.group, each.dim, each.row_bytes) for each in plan.apart] == [("deep", 16, 128), ("linear", 1, 8)]
     assert Plan.from_json(plan.to_json()) == plan
     assert re.search(r"item +│ deep +│ +grows │ +16 │ +128 B a row │ by_id │ all, by a hash of the id", printed(plan))
 
@@ -145,3 +146,18 @@ def test_what_is_beyond_a_capacity_is_found_over_all_processes(monkeypatch, by, 
         parts = list(threads.map(of, range(world_size)))
     assert sorted(own for part in parts for own in part) == sorted(wanted.tolist())
     assert len(wanted) == (book["count"] > 0).sum() - 180
+
+
+def test_tiered_tables_are_cut_into_rows():
+    features = (IdFeature(name="item", role="item", encoding={"kind": "hashed", "num_buckets": 9}),)
+    spec = FeatureSpec(labels=("click",), features=features)
+    check_sharding(spec, {"deep": 9}, ShardingConfig(default="column_wise", tables={"item": "row_wise"}), 2, {"item": None})
+    with pytest.raises(SpecError, match="item = table_wise, but it is a tiered table: it is always cut into blocks of rows"):
+        check_sharding(spec, GROUPS, ShardingConfig(tables={"item": "table_wise"}), 2, {"item": None})
+    with pytest.raises(SpecError, match="table 'item' has 10 rows, too few for 6 processes"):
+        check_sharding(spec, GROUPS, ShardingConfig(), 6, {"item": None})
+    assert shard_tables(spec, ShardingConfig(), {"item": None}) == ()
+    apart = tables_apart(spec, GROUPS, ROW_BYTES, {"item": None})
+    assert re.search(r"item +│ deep +│ +10 │ +16 │ +0.00 │ tiered │ all, 5 rows each, on the host", printed(Plan(2, (), apart=apart)))
+    with pytest.raises(DataError, match=r"table 'item': id 10 is outside its 10 rows \(valid: 0 to 9\)"):
+        RowBlocks("item", 10, 2).owner_of(np.array([3, 10]))

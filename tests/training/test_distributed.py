@@ -140,14 +140,16 @@ def test_dynamic_tables_take_the_course_of_one_process_and_one_goes_on(make_reci
     recipe = make_recipe(*(f"{key}={json.dumps(value)}" for key, value in DYNAMIC.items()))
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     alone = Trainer(recipe, tmp_path / "one").fit()
-    with torchrun(2, tmp_path / "recipe.yaml", "--out", tmp_path / "two") as launcher:
+    tiered = ("--set", "embedding.tiers={user: {cache_rows: 13}}")  # the same numbers, and checkpoints
+    with torchrun(2, tmp_path / "recipe.yaml", "--out", tmp_path / "two", *tiered) as launcher:
         said = launcher.communicate(timeout=WAIT_S)[0]
     assert launcher.returncode == 0, said[-4000:]
     assert "by_id" in said
+    assert "tiered" in said
     assert_same_course(tmp_path / "one", tmp_path / "two", 1e-5)
 
     together = json.loads((tmp_path / "two" / "metrics.json").read_text())
-    assert together["tables"].keys() == alone["tables"].keys()
+    assert together["tables"]["table.user.misses"] > 0
     assert together["tables"]["table.item.evicted"] > 0
     for key, value in alone["tables"].items():
         assert key.endswith(OWN_FIGURES) or together["tables"][key] == pytest.approx(value), key
@@ -174,8 +176,9 @@ def test_any_number_of_processes_goes_on_with_dynamic_tables_and_exports(make_re
     Trainer(recipe, tmp_path / "one").fit()
     with torchrun(4, tmp_path / "recipe.yaml", "--out", tmp_path / "many", "--set", "schedule.epochs=1") as launcher:
         assert launcher.wait(timeout=WAIT_S) == 0
-    for processes, step, epochs in ((2, "step-5", 2), (1, "step-15", 2), (2, "step-15", 3)):
-        arguments = ("--out", tmp_path / "many", "--resume-from", step, "--set", f"schedule.epochs={epochs}")
+    for processes, step, epochs, tiers in ((2, "step-5", 2, {"user": {"cache_rows": 13}}), (1, "step-15", 2, {}), (2, "step-15", 3, {})):
+        settings = (f"schedule.epochs={epochs}", f"embedding.tiers={json.dumps(tiers)}")
+        arguments = ("--out", tmp_path / "many", "--resume-from", step, *(part for each in settings for part in ("--set", each)))
         with torchrun(processes, *arguments) as launcher:
             said = launcher.communicate(timeout=WAIT_S)[0]
         assert launcher.returncode == 0, said[-4000:]

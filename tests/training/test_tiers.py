@@ -6,16 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from ninerank.device import Device
 from ninerank.errors import DataError, SpecError
 from ninerank.features.reader import Reader
 from ninerank.predictor.bundle import Bundle, export_bundle
 from ninerank.training import sealed
 from ninerank.training.checkpoint import BestWeights
 from ninerank.training.interrupt import TrainingInterrupted
-from ninerank.training.parallel import build_for, plan_for
+from ninerank.training.parallel import plan_for
 from ninerank.training.pipeline import Split
-from ninerank.training.processes import Processes
 from ninerank.training.run import RunDir, load_run
 from ninerank.training.scoring import measure
 from ninerank.training.trainer import Trainer
@@ -213,11 +211,8 @@ def test_wrong_settings_are_refused(make_recipe, tmp_path):
         Trainer(make_recipe("embedding.tiers={item: {cache_rows: 5}}"), tmp_path / "small").fit()
 
 
-def test_tiers_are_of_one_process(make_recipe, tmp_path):
-    recipe = make_recipe("embedding.tiers={item: {cache_rows: 40}}")
-    trainer = Trainer(recipe, tmp_path / "run")
-    with pytest.raises(SpecError, match=r"embedding\.tiers \(item\): tiered tables are trained by one process"):
-        build_for(recipe, trainer.spec, Device.resolve("cpu"), Processes(rank=0, world_size=2, local_world_size=2))
-    trainer.close()
-    with pytest.raises(SpecError, match="trained by one process"):
-        plan_for(recipe, 2)
+def test_tiers_are_planned_in_blocks_of_rows(make_recipe):
+    pytest.importorskip("torchrec", reason="needs torchrec")
+    plan = plan_for(make_recipe("embedding.tiers={item: {cache_rows: 40}}"), 2)
+    assert {(each.table, each.kind, each.num_rows) for each in plan.apart} == {("item", "tiered", 41)}
+    assert "item" not in {placed.table for placed in plan.placed}

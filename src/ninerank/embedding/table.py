@@ -60,13 +60,15 @@ class TableLayout:
             yield name, self.rows_of(name)
 
 
-def initial_rows(seed: int, group: str, table: str, num_rows: int, dim: int, std: float) -> Iterator[tuple[int, np.ndarray]]:
-    """Blocks (first row, float32 values) of one table drawn from N(0, std^2).
+def initial_rows(
+    seed: int, group: str, table: str, num_rows: int, dim: int, std: float, *, first_row: int = 0
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Blocks (first row, float32 values) of one table drawn from N(0, std^2), from the one that holds `first_row` on.
 
     A row depends on seed, group, table name and row number alone: neither on other tables nor on the table's size, so that a
     shard of any world size, or a table with more rows, starts from the same values.
     """
-    for first in range(0, num_rows, INIT_BLOCK_ROWS):
+    for first in range(first_row - first_row % INIT_BLOCK_ROWS, num_rows, INIT_BLOCK_ROWS):
         key = hashlib.sha256(f"{seed}\0{group}\0{table}\0{first}".encode()).digest()
         draw = np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "little")))
         rows = min(INIT_BLOCK_ROWS, num_rows - first)

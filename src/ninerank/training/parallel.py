@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ninerank.device import Device
 from ninerank.embedding.sharding import Machine, Plan
-from ninerank.embedding.sharding.tables import check_sharding, growing_tables, shard_tables
+from ninerank.embedding.sharding.tables import check_sharding, shard_tables, tables_apart
 from ninerank.errors import SpecError
 from ninerank.features.batch import Batch
 from ninerank.features.spec import FeatureSpec
@@ -32,10 +32,10 @@ def build_for(recipe: Recipe, spec: FeatureSpec, device: Device, processes: Proc
     Start values are those of one process. Raises SpecError and DeviceError for what cannot be sharded.
     """
     groups = recipe.model.groups(len(spec.labels))
-    check_sharding(spec, groups, recipe.sharding, processes.world_size)
+    recipe.embedding.check_tables(spec)
+    check_sharding(spec, groups, recipe.sharding, processes.world_size, recipe.embedding.tiers)
     if processes.world_size == 1:
         return build_model(recipe.model, spec, recipe.embedding, seed=recipe.seed).to(device.torch_device)
-    _check_untiered(recipe)
     if recipe.sharding.kernel == "fbgemm" and recipe.schedule.clip_norm is not None:
         raise SpecError("sharding.kernel fbgemm updates tables in the backward pass: no schedule.clip_norm, or take kernel auto")
     if recipe.embedding.mode == "dense":
@@ -57,31 +57,24 @@ def build_for(recipe: Recipe, spec: FeatureSpec, device: Device, processes: Proc
     return RankingModel(embedding, tower)
 
 
-def _check_untiered(recipe: Recipe) -> None:
-    if recipe.embedding.tiers:
-        tables = ", ".join(recipe.embedding.tiers)
-        raise SpecError(f"embedding.tiers ({tables}): tiered tables are trained by one process; shard them over several, without tiers")
-
-
 def plan_for(recipe: Recipe, num_processes: int) -> Plan:
     """How the tables of a recipe would lie over that many processes on one host; an unfitted spec is fitted first."""
-    if num_processes > 1:
-        _check_untiered(recipe)
     from ninerank.embedding.sharding import make_plan, row_bytes
 
     device = Device.resolve(recipe.device)
     spec = fit_spec(recipe.spec, recipe.data.files("train"), recipe.data)
     groups = recipe.model.groups(len(spec.labels))
-    check_sharding(spec, groups, recipe.sharding, num_processes)
+    recipe.embedding.check_tables(spec)
+    check_sharding(spec, groups, recipe.sharding, num_processes, recipe.embedding.tiers)
     sizes = row_bytes(recipe.optimizer.sparse.rule, groups)
     return make_plan(
-        shard_tables(spec, recipe.sharding),
+        shard_tables(spec, recipe.sharding, recipe.embedding.tiers),
         groups,
         recipe.sharding,
         machine_of(recipe, device, num_processes, num_processes),
         batch_size=-(-recipe.data.batch_size // num_processes),
         row_bytes=sizes,
-        growing=growing_tables(spec, groups, sizes),
+        apart=tables_apart(spec, groups, sizes, recipe.embedding.tiers),
     )
 
 

@@ -20,14 +20,16 @@ from ninerank.embedding.managed import TableStatistics
 from ninerank.embedding.part import KINDS, real_of
 from ninerank.embedding.pooling import Jagged, Padding, pool_rows
 from ninerank.embedding.shard import Shard, absent
+from ninerank.embedding.sharding.blocks import RowBlocks, shards_of
 from ninerank.embedding.sharding.capacity import Everyone
 from ninerank.embedding.sharding.config import ShardingConfig
 from ninerank.embedding.sharding.dealt import Dealt, DealtRows, DealtTables
 from ninerank.embedding.sharding.exchange import global_sum
 from ninerank.embedding.sharding.fbgemm import FBGEMM, FbgemmStorage, takes
-from ninerank.embedding.sharding.plan import Growing, Machine, Placed, Plan
+from ninerank.embedding.sharding.plan import Apart, Machine, Placed, Plan
 from ninerank.embedding.sharding.storage import BlockStorage, Held
-from ninerank.embedding.sharding.tables import ShardTable, check_sharding, growing_tables, shard_tables
+from ninerank.embedding.sharding.tables import ShardTable, check_sharding, shard_tables, tables_apart
+from ninerank.embedding.tiers.table import TieredTable
 from ninerank.errors import DataError, NinerankError, SpecError
 from ninerank.features.batch import Batch, KeyedJagged
 from ninerank.features.spec import FeatureSpec, IdFeature, SequenceFeature
@@ -47,10 +49,12 @@ class _Ids:
 
 
 class ShardedEmbeddingCollection(EmbeddingCollection):
-    """Twin of `EmbeddingCollection` whose tables lie over the processes of the default group: static ones as planned, dynamic ones by id.
+    """Twin of `EmbeddingCollection` whose tables lie over the processes of the default group: static ones as planned, dynamic ones by
+    id, tiered ones in blocks of rows.
 
     Every process calls `prepare`, `forward`, `finish_step` and `table_metrics` alike, with its rows of the global batch, as many as the
-    others. Start values, outputs and gradients are those of one process; `managed` holds this process's part of each dynamic table.
+    others. Start values, outputs and gradients are those of one process; `managed` holds this process's part of each dynamic and tiered
+    table.
     Raises SpecError for what cannot be sharded and DeviceError where the tables do not fit.
     """
 
@@ -69,16 +73,17 @@ class ShardedEmbeddingCollection(EmbeddingCollection):
     ) -> None:
         if config.mode != "sparse":
             raise SpecError("sharding needs embedding mode 'sparse'; in mode 'dense' every process keeps all tables")
-        check_sharding(spec, groups, sharding, machine.world_size)
+        check_sharding(spec, groups, sharding, machine.world_size, config.tiers)
         super().__init__(spec, {}, config, seed=seed)
         self.dims = dict(groups)
         self.device = device
         self.kernel = sharding.kernel
         self.storages: list[BlockStorage] = []
-        self._tables = shard_tables(spec, sharding)
-        sizes = growing_tables(spec, groups, row_bytes)
-        self.plan = _agreed_plan(self._tables, groups, sharding, machine, growing=sizes, batch_size=batch_size, row_bytes=row_bytes)
+        self._tables = shard_tables(spec, sharding, config.tiers)
+        apart = tables_apart(spec, groups, row_bytes, config.tiers)
+        self.plan = _agreed_plan(self._tables, groups, sharding, machine, apart=apart, batch_size=batch_size, row_bytes=row_bytes)
         self.dealt: DealtTables | None = None
+        self._num_rows: dict[str, int] = {}
         self._deal(spec, sharding, seed)
         self._distributed: tuple[Any, ...] = ()
         self._name_in: dict[tuple[str, str], str] = {}
@@ -132,14 +137,22 @@ class ShardedEmbeddingCollection(EmbeddingCollection):
                 self._name_in[feature, group] = f"{number}@{name}" if is_shared else number
 
     def _deal(self, spec: FeatureSpec, sharding: ShardingConfig, seed: int) -> None:
-        """Make this process's part of every dynamic table."""
+        """Make this process's part of every dynamic and tiered table."""
+        rank, world_size = dist.get_rank(), self.plan.world_size
         dealt = {}
         for name, table in spec.tables.items():
             if table.is_dynamic:
                 own = DynamicTable(name, self.dims, self.config.dynamic_table(name), seed=seed)
                 own.sharers = Everyone()
                 self.manage(spec, own)
-                dealt[name] = Dealt(own, partial(shard_of, world_size=self.plan.world_size))
+                dealt[name] = Dealt(own, partial(shard_of, world_size=world_size))
+            elif name in self.config.tiers:
+                blocks = RowBlocks(name, table.num_rows, world_size)
+                self._num_rows[name] = table.num_rows
+                tier = self.config.tiers[name].of_process(rank, world_size)
+                start: dict[str, Any] = {"seed": seed, "init_std": self.config.init_std, "first_row": blocks.of(rank).start}
+                self.manage(spec, TieredTable(name, len(blocks.of(rank)), self.dims, tier, device=self.device, **start))
+                dealt[name] = Dealt(self.tiers[name], blocks.owner_of, blocks.of(rank).start)
         if dealt:
             self.dealt = DealtTables(dealt, self.dims, device=self.device, wire=WIRES[sharding.quantised_comms])
 
@@ -195,6 +208,11 @@ class ShardedEmbeddingCollection(EmbeddingCollection):
             inputs.update(index.places())
         return fields
 
+    @property
+    def looks_ahead(self) -> bool:
+        """The ids of the next batch are with other processes yet."""
+        return False
+
     def finish_step(self, step: int) -> None:
         """End training step number `step`, on all processes."""
         if self.dealt is not None:
@@ -228,8 +246,15 @@ class ShardedEmbeddingCollection(EmbeddingCollection):
         return found
 
     def static_state(self, *, reading: bool = False) -> dict[str, Tensor | Shard]:
-        """`shards`."""
-        return {**self.shards(reading=reading)}
+        """`shards`, and the blocks of tiered tables."""
+        state: dict[str, Tensor | Shard] = {**self.shards(reading=reading)}
+        for name, columns in self.tier_shards(reading=reading).items():
+            state.update({f"groups.{group}.{name}": columns[f"value.{group}"] for group in self.dims})
+        return state
+
+    def tier_shards(self, *, reading: bool = False) -> dict[str, dict[str, Shard]]:
+        """This process's block of each column of every tiered table, to be filled in place when `reading`."""
+        return {name: shards_of(table, self._num_rows[name], reading=reading) for name, table in self.tiers.items()}
 
     @property
     def num_values(self) -> int:
@@ -237,11 +262,10 @@ class ShardedEmbeddingCollection(EmbeddingCollection):
         static = sum(placed.num_rows * placed.dim for placed in self.plan.placed)
         if not self.managed:
             return static
-        # The default row, which each process has, is one.
-        own = [
-            (table.num_rows(group) - (dist.get_rank() > 0)) * dim for table in self.managed.values() for group, dim in table.dims.items()
-        ]
-        return static + int(global_sum(torch.tensor(sum(own))))
+        own = sum(table.num_rows(group) * dim for table in self.managed.values() for group, dim in table.dims.items())
+        if dist.get_rank():  # the default row of a dynamic table, which each process has, is one
+            own -= len(self.by_id) * sum(self.dims.values())
+        return static + int(global_sum(torch.tensor(own)))
 
     def _look_up_bags(self, ids: Mapping[str, _Ids]) -> dict[tuple[str, str], Tensor]:
         """Sums (B, D) by feature and group, of the tables that are only pooled."""
@@ -296,7 +320,7 @@ def _agreed_plan(
     config: ShardingConfig,
     machine: Machine,
     *,
-    growing: tuple[Growing, ...],
+    apart: tuple[Apart, ...],
     batch_size: int,
     row_bytes: Mapping[str, int],
 ) -> Plan:
@@ -306,7 +330,7 @@ def _agreed_plan(
     found: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            found[0] = make_plan(tables, groups, config, machine, growing=growing, batch_size=batch_size, row_bytes=row_bytes).to_json()
+            found[0] = make_plan(tables, groups, config, machine, apart=apart, batch_size=batch_size, row_bytes=row_bytes).to_json()
         except NinerankError as problem:
             found[1] = problem
     dist.broadcast_object_list(found, src=0)

@@ -60,7 +60,7 @@ class ShardedOptimizer:
         self._state = [storage.new_state(self._rule, lr_T) for storage, lr_T in zip(self._storages, self._lr_T, strict=True)]
         self.lr_scale = 1.0
         self._is_exchanged = False
-        self._dealt, self._managed = collection.dealt, collection.managed
+        self._dealt, self._managed, self._tier_shards = collection.dealt, collection.managed, collection.tier_shards
         for name, table in self._managed.items():
             table.train_with(self._rule, config.lr_of(name))
 
@@ -178,7 +178,8 @@ class ShardedOptimizer:
                     storage.replace(LookupGrad(gathered[1] / self._world_size, gathered[0]))
 
     def state_dict(self, *, reading: bool = False) -> dict[str, Shard]:
-        """Of static tables: this process's block of each state under `<group>.<table>.<state>`, without elements where it has none.
+        """Of static and tiered tables: this process's block of each state under `<group>.<table>.<state>`, without elements where it
+        has none.
 
         No collective call.
 
@@ -196,6 +197,9 @@ class ShardedOptimizer:
                     is_repeated = held.is_copy or (tensor.dim() == 1 and storage.is_column_wise)
                     if reading or not is_repeated or dist.get_rank() == 0:
                         found[f"{held.key}.{name}"] = storage.shard(place, tensor, columns=tensor.dim() == 2)
+        for table, columns in self._tier_shards(reading=reading).items():
+            named = [(name.split(".", 2), shard) for name, shard in columns.items() if name.startswith("state.")]
+            found.update({f"{group}.{table}.{key}": shard for (_, group, key), shard in named})
         return found
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 from rich.console import Group
 from rich.table import Table
 
-__all__ = ["Block", "Growing", "Machine", "Placed", "Plan"]
+__all__ = ["Apart", "Block", "Machine", "Placed", "Plan"]
 
 Kind = Literal["table_wise", "row_wise", "column_wise", "data_parallel"]
 MIB = 1 << 20
@@ -66,9 +66,10 @@ class Placed:
 
 
 @dataclass(frozen=True)
-class Growing:
-    """A dynamic table at one group's dim, whose rows come and go: every process holds those of the ids that are its own.
+class Apart:
+    """A table at one group's dim that the planner does not place: every process holds a part of it.
 
+    kind: `by_id` for a dynamic one, whose rows come and go with their ids (num_rows is 0), `tiered` for one in blocks of rows on the hosts.
     row_bytes: values and optimizer state of one row.
     """
 
@@ -76,6 +77,8 @@ class Growing:
     group: str
     dim: int
     row_bytes: int
+    kind: Literal["by_id", "tiered"] = "by_id"
+    num_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,13 +95,13 @@ class Machine:
 class Plan:
     """Placement of all tables over `world_size` processes; `predicted_ms` is the planner's estimate of each one's step.
 
-    placed: static tables. growing: dynamic ones, which take memory as they grow and count in neither bytes nor estimate.
+    placed: static tables. apart: dynamic and tiered ones, which count in neither bytes nor estimate.
     """
 
     world_size: int
     placed: tuple[Placed, ...]
     predicted_ms: tuple[float, ...] = ()
-    growing: tuple[Growing, ...] = ()
+    apart: tuple[Apart, ...] = ()
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -107,8 +110,8 @@ class Plan:
     def from_json(cls, text: str) -> "Plan":
         """What `to_json` gave."""
         data = json.loads(text)
-        growing = tuple(Growing(**table) for table in data["growing"])
-        return cls(data["world_size"], tuple(Placed(**placed) for placed in data["placed"]), tuple(data["predicted_ms"]), growing)
+        apart = tuple(Apart(**table) for table in data["apart"])
+        return cls(data["world_size"], tuple(Placed(**placed) for placed in data["placed"]), tuple(data["predicted_ms"]), apart)
 
     def bytes_of(self, rank: int) -> int:
         """Bytes of values and optimizer state in process `rank`."""
@@ -131,9 +134,15 @@ class Plan:
             shown.add_row(
                 placed.table, placed.group, f"{placed.num_rows:,}", str(placed.dim), _mib(size), placed.kind, self._held_by(placed)
             )
-        for each in self.growing:
-            shown.add_row(each.table, each.group, "grows", str(each.dim), f"{each.row_bytes} B a row", "by_id", "all, by a hash of the id")
+        for each in self.apart:
+            shown.add_row(each.table, each.group, *self._apart(each))
         return shown
+
+    def _apart(self, each: Apart) -> tuple[str, ...]:
+        if each.kind == "by_id":
+            return "grows", str(each.dim), f"{each.row_bytes} B a row", each.kind, "all, by a hash of the id"
+        held_by = f"all, {-(-each.num_rows // self.world_size):,} rows each, on the host"
+        return f"{each.num_rows:,}", str(each.dim), _mib(each.num_rows * each.row_bytes), each.kind, held_by
 
     def _held_by(self, placed: Placed) -> str:
         first = placed.block(0, self.world_size)

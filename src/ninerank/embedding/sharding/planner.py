@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from ninerank.embedding.sharding.config import ShardingConfig
-from ninerank.embedding.sharding.plan import Growing, Machine, Placed, Plan
+from ninerank.embedding.sharding.plan import Apart, Machine, Placed, Plan
 from ninerank.embedding.sharding.tables import ShardTable, kind_at
 from ninerank.errors import DeviceError
 
@@ -43,16 +43,16 @@ def make_plan(
     *,
     batch_size: int,
     row_bytes: Mapping[str, int],
-    growing: tuple[Growing, ...] = (),
+    apart: tuple[Apart, ...] = (),
 ) -> Plan:
     """Place all tables; the same arguments give the same plan. Without static tables TorchRec is not asked.
 
-    growing: dynamic tables, which are not placed. batch_size: rows of one process. row_bytes: values and optimizer state of one row, by
-    group.
+    apart: dynamic and tiered tables, which are not placed. batch_size: rows of one process. row_bytes: values and optimizer state of one
+    row, by group.
     Raises DeviceError where the tables do not fit.
     """
     if not tables:
-        return Plan(machine.world_size, (), growing=growing)
+        return Plan(machine.world_size, (), apart=apart)
     from torchrec.distributed.planner import EmbeddingShardingPlanner
     from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
     from torchrec.distributed.planner.types import PlannerError
@@ -88,7 +88,7 @@ def make_plan(
             else:
                 predicted[shard.rank] += shard.perf.total
     ordered = tuple(placed[table.name, group] for group in groups for table in tables)
-    plan = Plan(machine.world_size, ordered, tuple(predicted), growing)
+    plan = Plan(machine.world_size, ordered, tuple(predicted), apart)
     _check_memory(plan, machine)
     return plan
 

@@ -124,7 +124,7 @@ class BlockStorage(nn.Module):
 def _draw(own_RD: Tensor, held: Held, seed: int, init_std: float) -> None:
     """Start values of a block: those rows and columns of what one process would draw for the whole table."""
     rows, columns = held.block.rows, slice(held.block.columns.start, held.block.columns.stop)
-    for first, values in initial_rows(seed, held.group, held.table, rows.stop, held.dim, init_std):
+    for first, values in initial_rows(seed, held.group, held.table, rows.stop, held.dim, init_std, first_row=rows.start):
         begin, end = max(first, rows.start), min(first + len(values), rows.stop)
         if begin < end:
             own_RD[begin - rows.start : end - rows.start] = torch.tensor(values[begin - first : end - first, columns])

@@ -90,11 +90,17 @@ class Record:
         return torch.cat([columns[column.name].view(torch.int32).reshape(-1, column.num_words) for column in self.columns], dim=1)
 
 
-def initial_values(dims: Mapping[str, int], *, seed: int, table: str, num_rows: int, std: float) -> Iterator[tuple[int, Columns]]:
-    """Blocks (first row, values by column) of a table's start, equal to those of a table in memory."""
-    groups = [initial_rows(seed, group, table, num_rows, dim, std) for group, dim in dims.items()]
+def initial_values(
+    dims: Mapping[str, int], *, seed: int, table: str, num_rows: int, std: float, first_row: int = 0
+) -> Iterator[tuple[int, Columns]]:
+    """Blocks (first row, values by column) of the start of rows `first_row`, ... of a table, equal to those of a table in memory."""
+    stop = first_row + num_rows
+    groups = [initial_rows(seed, group, table, stop, dim, std, first_row=first_row) for group, dim in dims.items()]
     for drawn in zip(*groups, strict=True):
-        yield drawn[0][0], {f"value.{group}": torch.from_numpy(values) for group, (_, values) in zip(dims, drawn, strict=True)}
+        first = drawn[0][0]
+        skipped = max(0, first_row - first)
+        values = {f"value.{group}": torch.from_numpy(values[skipped:]) for group, (_, values) in zip(dims, drawn, strict=True)}
+        yield first + skipped - first_row, values
 
 
 def with_fresh_state(

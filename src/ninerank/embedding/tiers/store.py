@@ -34,12 +34,13 @@ class Store:
         lr: float,
         seed: int,
         init_std: float,
+        first_row: int = 0,
     ) -> None:
         self.name, self.num_rows, self._dims = name, num_rows, dims
         self._optimizer, self._lr, self._seed, self._init_std = optimizer, lr, seed, init_std
         self.record = Record.of(dims, optimizer)
         self._scratch = None if config.directory is None else ScratchDirectory(config.directory, self._owner())
-        self._backing = self._built(initial_values(dims, seed=seed, table=name, num_rows=num_rows, std=init_std))
+        self._backing = self._built(initial_values(dims, seed=seed, table=name, num_rows=num_rows, std=init_std, first_row=first_row))
 
     @property
     def words(self) -> Words:

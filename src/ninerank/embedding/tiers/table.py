@@ -40,9 +40,10 @@ VALUES = "value."
 class TieredTable:
     """Rows 0 ... num_rows - 1 in groups of dims such as `{"deep": 16, "linear": 1}`; start values as those of a table in memory.
 
-    One thread calls it. Nothing is allocated or written before `train_with` or the first use. Reading (`step` None) is as exact as
-    training, and does not count for what the cache keeps. Close the table, or use it as a context manager. Raises SpecError for sizes,
-    and on first use for directories, that cannot be.
+    first_row: of a larger table, whose rows from there on these are; it matters to start values alone. One thread calls it. Nothing is
+    allocated or written before `train_with` or the first use. Reading (`step` None) is as exact as training, and does not count for what
+    the cache keeps. Close the table, or use it as a context manager. Raises SpecError for sizes, and on first use for directories, that
+    cannot be.
 
     >>> from ninerank.fusion.kernels.embedding_update import SGD
     >>> table = TieredTable("item", 100, {"deep": 4}, TierConfig(cache_rows=3), seed=1)
@@ -66,6 +67,7 @@ class TieredTable:
         *,
         seed: int,
         init_std: float = 0.01,
+        first_row: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
         if num_rows < 1 or not dims or min(dims.values()) < 1:
@@ -74,6 +76,7 @@ class TieredTable:
             raise SpecError(f"table {name!r}: on disk a name is made of letters, digits, '_', '.' and '-'")
         self.name, self.dims, self.config, self.seed, self.init_std = name, dict(dims), config, seed, init_std
         self.device = torch.device(device)
+        self.first_row = first_row
         self.optimizer: RowOptimizer | None = None
         self.lr = 0.0
         self._num_rows = num_rows
@@ -96,7 +99,7 @@ class TieredTable:
             raise RuntimeError(f"table {self.name!r} is closed")
         if self._store is None:
             sizes = (self.name, self._num_rows, self.dims, self.config, self.optimizer)
-            self._store = Store(*sizes, lr=self.lr, seed=self.seed, init_std=self.init_std)
+            self._store = Store(*sizes, lr=self.lr, seed=self.seed, init_std=self.init_std, first_row=self.first_row)
             self._begin(self._store)
         return self._store, self._cache
 
