@@ -226,3 +226,9 @@ def test_cross_fit_never_sees_the_row_it_judges() -> None:
     assert (loud.model_N > 0).sum() > 100
     everywhere = cross_fit(np.ones(200), action, context, [[0.3, 0.7]], cluster_N=cluster)
     np.testing.assert_allclose(everywhere.base_N, 1)
+    for action, context, message in (
+        ([0, 2], [0, 0], "actions are int64: integers from 0 to 1"),
+        ([0, 0], [0.0, 0.0], "contexts are float64"),
+    ):
+        with pytest.raises(DataError, match=message):
+            cross_fit([1.0, 0.0], np.array(action), np.array(context), [[0.5, 0.5]])

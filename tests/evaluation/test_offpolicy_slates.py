@@ -164,6 +164,8 @@ def test_wrong_lists_are_refused() -> None:
         Slates.of([[1, math.nan]], [[0.5, 0.5]], [[0.5, 0.5]])
     with pytest.raises(DataError, match="occurs twice"):
         Slates.of_rows([1, 1], [0, 0], [1, 1], [0.5, 0.5], [0.5, 0.5])
+    with pytest.raises(DataError, match="place 99999999: at most 10000"):
+        Slates.of_rows([1], [99_999_999], [1], [0.5], [0.5])
     with pytest.raises(ValueError, match="no slate estimator 'rips'"):
         slate_value(Slates.of([[1]], [[0.5]], [[0.5]]), "rips")
     with pytest.raises(ValueError, match="lookback 2 with cascade"):

@@ -242,6 +242,11 @@ def test_wrong_use_is_refused() -> None:
         AUCInterval().merge(AUCInterval(clustered=True))
     with pytest.raises(ValueError, match=r"\('LogLoss', 60, 0\) does not merge"):
         Bootstrap(LogLoss, 50).merge(Bootstrap(LogLoss, 60))
+    paired = Bootstrap(LogLoss, 50).update([1], [0.5], cluster_B=[1], other_B=[0.2])
+    with pytest.raises(ValueError, match="some rows have scores of two models"):
+        Bootstrap(LogLoss, 50).update([1], [0.5], cluster_B=[1]).merge(paired)
+    with pytest.raises(ValueError, match="some rows have scores of two models"):
+        Bootstrap.from_state(paired.state()).update([1], [0.5], cluster_B=[1])
     with pytest.raises(ValueError, match="at least 2"):
         Bootstrap(LogLoss, 1)
     with pytest.raises(ValueError, match="no metric made of sums is called 'Nothing'"):

@@ -69,6 +69,8 @@ def test_slices_by_time_and_their_limits() -> None:
         time_slices([1], 0)
     with pytest.raises(DataError, match="slice 2 would be number 3: at most 2"):
         Sliced(PCOC, max_slices=2).update([0, 1, 2], [1, 1, 1], [0.5, 0.5, 0.5])
+    with pytest.raises(DataError, match="a slice of nan"):
+        Sliced(PCOC).update([0.0, math.nan], [1, 1], [0.5, 0.5])
     with pytest.raises(DataError, match="a column of 1 rows is sliced by one of 2"):
         Sliced(PCOC).update([0, 1], [1], [0.5])
 

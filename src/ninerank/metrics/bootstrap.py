@@ -64,7 +64,7 @@ class Bootstrap(Accumulator):
         self.metric, self.num_replicates, self.seed, self.level = metric, num_replicates, seed, check_level(level)
         # Sums of A, then of B; column 0 counts each cluster once.
         self._sums = np.zeros((2 * metric.num_sums, num_replicates + 1))
-        self._paired = False
+        self._paired: bool | None = None  # not known before the first rows
 
     def update(
         self,
@@ -76,6 +76,7 @@ class Bootstrap(Accumulator):
         other_B: ArrayLike | None = None,
     ) -> Self:
         """other_B: scores of B on the same rows, for the difference A - B."""
+        self._check_paired(other_B is not None)
         rows = [
             check_rows(label_B, score, weight_B, probability=self.metric.probability) for score in (score_B, other_B) if score is not None
         ]
@@ -86,7 +87,7 @@ class Bootstrap(Accumulator):
         added[:, 0] += sums_SC.sum(1)
         for own, weights in _weights(key_C, self.num_replicates, self.seed):
             added[:, 1:] += sums_SC[:, own] @ weights
-        self._paired = self._paired or other_B is not None
+        self._paired = other_B is not None
         return self
 
     def merge(self, other: Self) -> Self:
@@ -94,8 +95,10 @@ class Bootstrap(Accumulator):
         mine, theirs = ((m.metric.__name__, m.num_replicates, m.seed) for m in (self, other))
         if mine != theirs:
             raise ValueError(f"a bootstrap of (metric, replicates, seed) {theirs} does not merge with {mine}")
+        if other._paired is not None:
+            self._check_paired(other._paired)
+            self._paired = other._paired
         self._sums = self._sums + other._sums
-        self._paired = self._paired or other._paired
         return self
 
     def value(self) -> Interval:
@@ -109,15 +112,20 @@ class Bootstrap(Accumulator):
         return {
             "sums": self._sums.copy(),
             "seed": np.array(self.seed),
-            "paired": np.array(self._paired),
+            "paired": np.array(-1 if self._paired is None else int(self._paired)),
             "metric": np.array(self.metric.__name__),
         }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Array]) -> Self:
         metric = cls(metric_named(str(state["metric"])), state["sums"].shape[1] - 1, seed=int(state["seed"]))
-        metric._sums, metric._paired = np.array(state["sums"], np.float64), bool(state["paired"])
+        metric._sums, paired = np.array(state["sums"], np.float64), int(state["paired"])
+        metric._paired = None if paired < 0 else bool(paired)
         return metric
+
+    def _check_paired(self, paired: bool) -> None:
+        if self._paired not in (None, paired):
+            raise ValueError("some rows have scores of two models and some of one: all or none are needed")
 
 
 def bootstrap(

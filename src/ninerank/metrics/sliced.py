@@ -37,6 +37,8 @@ class Sliced(Generic[Metric]):
 
     def update(self, slice_B: ArrayLike, *columns_B: ArrayLike | None, **named_B: ArrayLike | None) -> Self:
         values, place_B = np.unique(np.asarray(slice_B), return_inverse=True)
+        if values.dtype.kind == "f" and np.isnan(values).any():
+            raise DataError("a slice of nan: give rows without a value one of their own first")
         positional = [None if column is None else np.asarray(column) for column in columns_B]
         named = {name: None if column is None else np.asarray(column) for name, column in named_B.items()}
         for column in (*positional, *named.values()):

@@ -20,6 +20,7 @@ from ninerank.metrics.rows import Array, check_groups, check_rows
 __all__ = ["Examination", "bias_from_random_traffic", "bias_from_swaps", "regression_em"]
 
 SMALLEST = 1e-6
+MOST_PLACES = 10_000
 
 
 def bias_from_random_traffic(
@@ -158,6 +159,8 @@ def _checked(click_N: ArrayLike, place_N: ArrayLike) -> tuple[Array, Array, int]
     click = check_rows(click_N, np.zeros(place.shape)).label_B
     if not len(place) or place.dtype.kind not in "iu" or place.min() < 0:
         raise DataError(f"places are {place.dtype} {place.shape}: one integer from 0 on is needed per row")
+    if place.max() >= MOST_PLACES:
+        raise DataError(f"place {int(place.max())}: at most {MOST_PLACES} places are taken")
     return click, place, int(place.max()) + 1
 
 

@@ -28,6 +28,8 @@ from ninerank.metrics.clusters import ClusterSums
 from ninerank.metrics.intervals import Interval
 from ninerank.metrics.rows import Array, check_groups
 
+MOST_PLACES = 10_000
+
 __all__ = ["SLATE_ESTIMATORS", "Slates", "pseudo_inverse_weights", "slate_value"]
 
 
@@ -89,6 +91,8 @@ class Slates:
         if len(place) and (place.dtype.kind not in "iu" or place.min() < 0):
             raise DataError(f"places are {place.dtype}, the smallest {place.min()}: integers from 0 on are needed")
         shape = (len(first), int(place.max(initial=-1)) + 1)
+        if shape[1] > MOST_PLACES:
+            raise DataError(f"place {shape[1] - 1}: at most {MOST_PLACES} places of a list are taken")
         taken = np.bincount(row_N * max(shape[1], 1) + place, minlength=1)
         if len(place) and taken.max() > 1:
             raise DataError("a place of a list occurs twice: one row for each place of each list is needed")
