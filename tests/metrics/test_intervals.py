@@ -83,13 +83,13 @@ def test_weights_count_as_repeated_rows_in_clusters() -> None:
 
 ROW = st.tuples(st.booleans(), st.integers(0, 8), st.integers(0, 8), st.sampled_from([0.5, 1.0, 2.0]), st.integers(0, 4))
 MAKERS = {
-    "auc": lambda: AUCInterval(clustered=True),
-    "auc difference": lambda: AUCDifference(clustered=True),
-    "log loss": lambda: MetricInterval(LogLoss),
-    "entropy difference": lambda: MetricDifference(NormalizedEntropy),
-    "ratio": RatioInterval,
-    "bootstrap": lambda: Bootstrap(PCOC, 50, seed=3),
-    "paired bootstrap": lambda: Bootstrap(LogLoss, 50),
+    "auc": lambda: AUCInterval(0.9, clustered=True),
+    "auc difference": lambda: AUCDifference(0.9, clustered=True),
+    "log loss": lambda: MetricInterval(LogLoss, 0.9),
+    "entropy difference": lambda: MetricDifference(NormalizedEntropy, 0.9),
+    "ratio": lambda: RatioInterval(0.9),
+    "bootstrap": lambda: Bootstrap(PCOC, 50, seed=3, level=0.9),
+    "paired bootstrap": lambda: Bootstrap(LogLoss, 50, level=0.9),
 }
 
 
@@ -113,6 +113,7 @@ def test_merge_over_any_split_is_the_whole(kind: str, rows: list[tuple[bool, int
     whole, parts = fed(slice(None)), [fed(slice(cut, None)), fed(slice(0, cut))]
     merged = type(whole).from_state(parts[0].state()).merge(type(whole).from_state(parts[1].state()))
     assert merged.value() == pytest.approx(whole.value(), rel=1e-6, abs=1e-9, nan_ok=True)
+    assert merged.value().level == 0.9
 
 
 def test_delta_method_equals_its_formulas() -> None:

@@ -112,13 +112,14 @@ class Bootstrap(Accumulator):
         return {
             "sums": self._sums.copy(),
             "seed": np.array(self.seed),
+            "level": np.array(self.level),
             "paired": np.array(-1 if self._paired is None else int(self._paired)),
             "metric": np.array(self.metric.__name__),
         }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Array]) -> Self:
-        metric = cls(metric_named(str(state["metric"])), state["sums"].shape[1] - 1, seed=int(state["seed"]))
+        metric = cls(metric_named(str(state["metric"])), state["sums"].shape[1] - 1, seed=int(state["seed"]), level=float(state["level"]))
         metric._sums, paired = np.array(state["sums"], np.float64), int(state["paired"])
         metric._paired = None if paired < 0 else bool(paired)
         return metric

@@ -55,9 +55,12 @@ class AUCInterval(RowAccumulator):
         rows, cluster_N = self._rows(), self._column("group") if self.grouped else None
         return _interval(*_components(rows), rows.label_B, cluster_N, self.level)
 
+    def state(self) -> State:
+        return {**super().state(), "level": np.array(self.level)}
+
     @classmethod
     def from_state(cls, state: Mapping[str, Array]) -> Self:
-        metric = cls(clustered="group" in state)
+        metric = cls(float(state["level"]), clustered="group" in state)
         metric._append(state["label"], state["score"], state.get("weight"), state.get("group"))
         return metric
 
@@ -104,7 +107,7 @@ class AUCDifference(Accumulator):
 
     @classmethod
     def from_state(cls, state: Mapping[str, Array]) -> Self:
-        metric = cls(clustered="group" in state)
+        metric = cls(float(state["level"]), clustered="group" in state)
         return metric.update(state["label"], state["score"], state["other"], state.get("weight"), state.get("group"))
 
 

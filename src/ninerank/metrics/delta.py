@@ -53,9 +53,12 @@ class RatioInterval(ClusterSums):
     def value(self) -> Interval:
         return self.interval(lambda sums_SR: ratio(sums_SR[0], sums_SR[1]), self.level)
 
+    def state(self) -> State:
+        return {**super().state(), "level": np.array(self.level)}
+
     @classmethod
     def from_state(cls, state: Mapping[str, Array]) -> Self:
-        metric = cls()
+        metric = cls(float(state["level"]))
         metric.merge_state(state)
         return metric
 
@@ -87,11 +90,11 @@ class MetricInterval(ClusterSums):
         return self.interval(self.metric.of, self.level)
 
     def state(self) -> State:
-        return {**super().state(), "metric": np.array(self.metric.__name__)}
+        return {**super().state(), "metric": np.array(self.metric.__name__), "level": np.array(self.level)}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Array]) -> Self:
-        metric = cls(metric_named(str(state["metric"])))
+        metric = cls(metric_named(str(state["metric"])), float(state["level"]))
         metric.merge_state(state)
         return metric
 
@@ -125,11 +128,11 @@ class MetricDifference(ClusterSums):
         return self.interval(lambda sums_SR: self.metric.of(sums_SR[:half]) - self.metric.of(sums_SR[half:]), self.level)
 
     def state(self) -> State:
-        return {**super().state(), "metric": np.array(self.metric.__name__)}
+        return {**super().state(), "metric": np.array(self.metric.__name__), "level": np.array(self.level)}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Array]) -> Self:
-        metric = cls(metric_named(str(state["metric"])))
+        metric = cls(metric_named(str(state["metric"])), float(state["level"]))
         metric.merge_state(state)
         return metric
 

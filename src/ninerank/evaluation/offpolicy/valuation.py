@@ -105,12 +105,12 @@ class OffPolicy(Accumulator):
         found = {f"overlap.{key}": column for key, column in self._overlap.state().items()}
         if self._clusters is not None:
             found |= {f"sums.{key}": column for key, column in self._clusters.state().items()}
-        return {**found, "model": np.array(self._has_model())}
+        return {**found, "model": np.array(self._has_model()), "level": np.array(self.level)}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Array]) -> Self:
-        """Of a valuation by all estimators at 95%; others: `OffPolicy(estimators).merge_state(state)`."""
-        return cls().merge_state(state)
+        """Of a valuation by all estimators; others: `OffPolicy(estimators, level).merge_state(state)`."""
+        return cls(level=float(state["level"])).merge_state(state)
 
     def merge_state(self, state: Mapping[str, Array]) -> Self:
         """Take in what a valuation by the same estimators had seen."""
