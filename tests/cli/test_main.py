@@ -81,7 +81,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("docter", "ninerank: unknown command 'docter'; did you mean 'doctor'? valid: bench, "),
+        ("docter", "ninerank: unknown command 'docter'; did you mean 'doctor'? valid: auction, "),
         ("--nosuch", "ninerank: unknown option '--nosuch'; valid: --help, --quiet, --verbose, --version "),
         ("doctor --nosuch", "ninerank doctor: unknown option '--nosuch'; valid: --device, --help, --json, --redis "),
         ("doctor extra", "ninerank doctor: got unexpected extra argument(s) (extra) "),

@@ -27,6 +27,7 @@ VERBS = {
     "cache": "Features by id in a Redis: load a file, follow updates, look one up.",
     "rank": "Rank one request from a file against a server, or print an example of one.",
     "evaluate": "Measure a run or a bundle on log files: AUC, log loss, calibration, whole and by slice.",
+    "auction": "Hold ad auctions of a log again with another model, pricing or reserve: revenue, clicks, who wins.",
     "replay": "Score a served request log again: parity, changed order, and quality if labels are given.",
     "compare": "Compare two bundles over a served log with labels: differences, guardrails, one verdict.",
     "join": "Join labels that came later to a served log: one row a candidate, however large both are.",

@@ -12,10 +12,9 @@ import pyarrow as pa
 from pydantic import Field
 
 from ninerank.config import Config
-from ninerank.errors import DataError, nearest
+from ninerank.errors import DataError
+from ninerank.evaluation.logcolumns import read_columns
 from ninerank.evaluation.offpolicy.feedback import WHAT_TO_LOG
-from ninerank.features.columns import column_of, conform
-from ninerank.features.files import ArrowLog, Dialect, LogFile, ParquetLog, TextLog, expand, format_of
 from ninerank.features.hashing import hash_strings
 from ninerank.metrics.rows import Array
 
@@ -77,26 +76,7 @@ def read_decisions(paths: str | Path | Sequence[str | Path], columns: DecisionCo
     wanted = {"target": target, **columns.model_dump()}
     numbers = {name: column for name, column in wanted.items() if column and name in NUMBERS}
     texts = {name: column for name, column in wanted.items() if column and name not in NUMBERS}
-    found: dict[str, list[pa.Array]] = {name: [] for name in (*numbers, *texts)}
-    for path in _files(paths):
-        file = _open(path)
-        if columns.propensity not in file.names:
-            raise DataError(
-                f"{path}: propensity column {columns.propensity!r} is missing ({nearest(columns.propensity, file.names)}); {WHAT_TO_LOG}"
-            )
-        missing = [column for column in (*numbers.values(), *texts.values()) if column not in file.names]
-        if missing:
-            raise DataError(f"{path}: column {missing[0]!r} is missing; {nearest(missing[0], file.names)}")
-        for block in range(len(file.block_rows)):
-            for batch in file.read(block, list(dict.fromkeys((*numbers.values(), *texts.values())))):
-                for name, column in numbers.items():
-                    hint = f"; {WHAT_TO_LOG}" if name == "propensity" else ""
-                    found[name].append(_whole(conform(column_of(batch, column), pa.float64(), column), path, column, hint))
-                for name, column in texts.items():
-                    found[name].append(_whole(conform(column_of(batch, column), pa.string(), column), path, column))
-    joined = {name: pa.chunked_array(parts).combine_chunks() for name, parts in found.items() if parts}
-    if not joined:
-        raise DataError(f"{paths}: no decisions")
+    joined = read_columns(paths, numbers, texts, {columns.propensity: WHAT_TO_LOG})
     number = {name: joined[name].to_numpy() for name in numbers}
     rows = len(number["reward"])
     return Decisions(
@@ -111,27 +91,3 @@ def read_decisions(paths: str | Path | Sequence[str | Path], columns: DecisionCo
         hash_strings(joined["list"]).view(np.int64) if "list" in joined else None,
         number["place"].astype(np.int64) if "place" in number else None,
     )
-
-
-def _files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
-    """Files, those of directories, and those of directories of partitions."""
-    given = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
-    inside = [sorted(path.rglob("*.parquet")) if path.is_dir() else [] for path in given]
-    return expand([file for path, found in zip(given, inside, strict=True) for file in (found or [path])])
-
-
-def _open(path: Path) -> LogFile:
-    kind = format_of(path)
-    if kind == "parquet":
-        return ParquetLog(path)
-    if kind == "arrow":
-        return ArrowLog(path)
-    if kind in ("csv", "tsv"):
-        return TextLog(path, Dialect("," if kind == "csv" else "\t"), {})
-    raise DataError(f"{path}: ending {path.suffix!r}: .parquet, .arrow, .csv or .tsv is needed")
-
-
-def _whole(array: pa.Array, path: Path, column: str, hint: str = "") -> pa.Array:
-    if array.null_count:
-        raise DataError(f"{path}: column {column!r} has {array.null_count} nulls, every decision needs a value{hint}")
-    return array
