@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import t
 
 from ninerank.errors import DataError
 from ninerank.metrics import (
@@ -33,6 +34,7 @@ from ninerank.metrics import (
     poisson_weights,
     ratio_interval,
 )
+from ninerank.metrics.intervals import student_quantile
 from ninerank.metrics.keys import distinct
 
 
@@ -207,6 +209,20 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
     naive = share.pop("rate as if rows were independent")
     assert all(0.91 <= own <= 0.985 for own in share.values()), share
     assert naive < 0.9, "rows of one user are alike: an interval that ignores it is too narrow"
+
+
+@pytest.mark.parametrize("level", [0.8, 0.95, 0.99])
+def test_students_quantile_is_that_of_scipy(level: float) -> None:
+    for degrees, error in ((1, 1e-9), (2, 1e-9), (3, 0.02), (5, 0.01), (10, 1e-3), (30, 1e-4), (1000, 1e-8)):
+        assert student_quantile(level, degrees) == pytest.approx(t.ppf(0.5 + level / 2, degrees), rel=error)
+
+
+def test_few_clusters_are_covered_too() -> None:
+    rng = np.random.default_rng(6)
+    found = [ratio_interval(rng.normal(size=24), cluster_N=np.repeat(np.arange(8), 3)) for _ in range(400)]
+    assert 0.92 <= np.mean([interval.covers(0) for interval in found]) <= 0.98
+    normal = [abs(interval.value) < 1.96 * interval.standard_error for interval in found]
+    assert np.mean(normal) < np.mean([interval.covers(0) for interval in found])
 
 
 def test_what_has_no_interval() -> None:

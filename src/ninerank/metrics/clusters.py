@@ -83,7 +83,7 @@ class ClusterSums(Accumulator):
         """Interval of a smooth function of the totals (S, R) -> (R,), by the delta method.
 
         With g the gradient of `of` at the totals, s_c the sums of cluster c and m their mean:
-        var = C / (C - 1) sum_c (g . (s_c - m))^2. nan bounds with a single cluster.
+        var = C / (C - 1) sum_c (g . (s_c - m))^2, bounds by Student's quantile with C - 1 degrees. nan bounds with a single cluster.
         """
         totals = self.totals()
         value = float(of(totals[:, None])[0])
@@ -98,7 +98,7 @@ class ClusterSums(Accumulator):
         slope = np.nan_to_num((up - down) / (2 * steps))
         spread = moments - np.outer(totals, totals) / self.num_clusters
         variance = slope @ spread @ slope * self.num_clusters / (self.num_clusters - 1)
-        return normal_interval(value, max(float(variance), 0.0), level)
+        return normal_interval(value, max(float(variance), 0.0), level, self.num_clusters - 1)
 
     def _join(self, keys: Array, sums: Array) -> None:
         if len(keys):

@@ -177,8 +177,8 @@ def _components(rows: Rows) -> tuple[float, Array]:
 def _interval(value: float, own_N: Array, label_N: Array, cluster_N: Array | None, level: float) -> Interval:
     if cluster_N is None:
         return normal_interval(value, _square_sum(own_N[label_N]) + _square_sum(own_N[~label_N]), level)
-    _, place_N = distinct(cluster_N)
-    return normal_interval(value, _square_sum(np.bincount(place_N, own_N)), level)
+    key_C, place_N = distinct(cluster_N)
+    return normal_interval(value, _square_sum(np.bincount(place_N, own_N)), level, max(1, len(key_C) - 1))
 
 
 def _square_sum(own: Array) -> float:
