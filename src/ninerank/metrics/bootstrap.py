@@ -8,13 +8,14 @@ Shape legend: B rows of one update, N rows in all, C clusters, R replicates, S s
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import ArrayLike
 from typing_extensions import Self
 
 from ninerank.metrics.accumulator import Accumulator, State, SumAccumulator
+from ninerank.metrics.clusters import ClusterSums
 from ninerank.metrics.delta import metric_named
 from ninerank.metrics.intervals import Interval, check_level
 from ninerank.metrics.keys import distinct
@@ -25,6 +26,7 @@ __all__ = ["Bootstrap", "auc_bootstrap", "bootstrap", "hash_keys", "poisson_weig
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 LANES = 4
 CLUSTERS_AT_A_TIME = 4096
+MOST_WAITING = 1 << 20
 
 
 def _poisson_table() -> Array:
@@ -49,8 +51,9 @@ def poisson_weights(key_C: ArrayLike, num_replicates: int, seed: int = 0) -> Arr
 class Bootstrap(Accumulator):
     """A metric made of sums with its bootstrap percentile interval; of A minus B where `update` gets the scores of two.
 
-    R + 1 vectors of sums are held, whatever the rows: memory is constant. Rows without clusters cannot be resampled
-    alike by different shards; give a row number or request id as the cluster.
+    R + 1 vectors of sums are held, and the sums of up to a million clusters that are still to be resampled, so that one
+    whose rows come in many updates is drawn once. Rows without clusters cannot be resampled alike by different shards; give
+    a row number or request id as the cluster.
 
     >>> from ninerank.metrics import PCOC
     >>> found = Bootstrap(PCOC, 200).update([1, 0] * 50, [0.75, 0.25] * 50, cluster_B=range(100)).value()
@@ -65,6 +68,7 @@ class Bootstrap(Accumulator):
         # Sums of A, then of B; column 0 counts each cluster once.
         self._sums = np.zeros((2 * metric.num_sums, num_replicates + 1))
         self._paired: bool | None = None  # not known before the first rows
+        self._waiting = ClusterSums(len(self._sums))
 
     def update(
         self,
@@ -80,15 +84,20 @@ class Bootstrap(Accumulator):
         rows = [
             check_rows(label_B, score, weight_B, probability=self.metric.probability) for score in (score_B, other_B) if score is not None
         ]
-        terms = np.concatenate([self.metric.terms(own) for own in rows])
-        key_C, place_B = distinct(check_groups(cluster_B, terms.shape[1], what="clusters"))
-        sums_SC = np.stack([np.bincount(place_B, row, len(key_C)) for row in terms])
-        added = self._sums[: len(terms)]
-        added[:, 0] += sums_SC.sum(1)
-        for own, weights in _weights(key_C, self.num_replicates, self.seed):
-            added[:, 1:] += sums_SC[:, own] @ weights
+        terms = np.zeros((len(self._sums), len(rows[0])))
+        for number, own in enumerate(rows):
+            terms[number * self.metric.num_sums : (number + 1) * self.metric.num_sums] = self.metric.terms(own)
+        self._waiting.add(terms, cluster_B)
         self._paired = other_B is not None
+        if self._waiting.num_clusters > MOST_WAITING:
+            self._resample()
         return self
+
+    def _resample(self) -> None:
+        """Take in the clusters that wait."""
+        key_C, sums_SC = self._waiting.table()
+        self._sums = self._sums + _resampled(key_C, sums_SC, self.num_replicates, self.seed)
+        self._waiting = ClusterSums(len(self._sums))
 
     def merge(self, other: Self) -> Self:
         self._refuse_other(other)
@@ -99,9 +108,11 @@ class Bootstrap(Accumulator):
             self._check_paired(other._paired)
             self._paired = other._paired
         self._sums = self._sums + other._sums
+        self._waiting.merge(other._waiting)
         return self
 
     def value(self) -> Interval:
+        self._resample()
         half = self.metric.num_sums
         found = self.metric.of(self._sums[:half])
         if self._paired:
@@ -109,6 +120,7 @@ class Bootstrap(Accumulator):
         return percentile_interval(float(found[0]), found[1:], self.level)
 
     def state(self) -> State:
+        self._resample()
         return {
             "sums": self._sums.copy(),
             "seed": np.array(self.seed),
@@ -142,10 +154,8 @@ def bootstrap(
     sums = np.atleast_2d(np.asarray(sums_SN, np.float64))
     key_C, place_N = distinct(check_groups(cluster_N, sums.shape[1], what="clusters"))
     sums_SC = np.stack([np.bincount(place_N, row, len(key_C)) for row in sums])
-    resampled = np.zeros((len(sums), num_replicates))
-    for own, weights in _weights(key_C, num_replicates, seed):
-        resampled += sums_SC[:, own] @ weights
-    return percentile_interval(float(statistic(sums_SC.sum(1)[:, None])[0]), statistic(resampled), level)
+    found = statistic(_resampled(key_C, sums_SC, num_replicates, seed))
+    return percentile_interval(float(found[0]), found[1:], level)
 
 
 def auc_bootstrap(
@@ -189,10 +199,20 @@ def percentile_interval(value: float, resampled_R: Array, level: float) -> Inter
     return Interval(value, low, high, float(finite.std(ddof=1)), level)
 
 
-def _weights(key_C: Array, num_replicates: int, seed: int) -> Iterator[tuple[slice, Array]]:
+def _resampled(key_C: Array, sums_SC: Array, num_replicates: int, seed: int) -> Array:
+    """float64 (S, R + 1): sums over the clusters, each once, then over those of each replicate.
+
+    Not by a matrix product: BLAS wakes its threads for so thin a one, which costs more than it saves on a busy machine.
+    """
+    found = np.zeros((len(sums_SC), num_replicates + 1))
+    found[:, 0] = sums_SC.sum(1)
     for start in range(0, len(key_C), CLUSTERS_AT_A_TIME):
         own = slice(start, start + CLUSTERS_AT_A_TIME)
-        yield own, poisson_weights(key_C[own], num_replicates, seed)
+        weights_CR = poisson_weights(key_C[own], num_replicates, seed)
+        for number, sums_C in enumerate(sums_SC[:, own]):
+            if sums_C.any():
+                found[number, 1:] += np.einsum("c,cr->r", sums_C, weights_CR)
+    return found
 
 
 def hash_keys(key_C: ArrayLike, seed: int) -> Array:

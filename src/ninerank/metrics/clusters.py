@@ -32,6 +32,7 @@ class ClusterSums(Accumulator):
         self.num_sums = num_sums
         self._count, self._totals, self._moments = 0, np.zeros(num_sums), np.zeros((num_sums, num_sums))
         self._keys, self._sums = np.empty(0, np.int64), np.zeros((num_sums, 0))
+        self._products: Array | None = None
 
     def add(self, sums_SB: Array, cluster_B: ArrayLike | None = None) -> None:
         """Take in rows; those without a cluster are one each."""
@@ -74,6 +75,10 @@ class ClusterSums(Accumulator):
     def num_clusters(self) -> int:
         return self._count + len(self._keys)
 
+    def table(self) -> tuple[Array, Array]:
+        """Keys, ascending, and sums of the clusters: int64 (C,), float64 (S, C). Rows without a cluster are not among them."""
+        return self._keys, self._sums
+
     def totals(self) -> Array:
         """float64 (S,)."""
         totals: Array = self._totals + self._sums.sum(1)
@@ -89,7 +94,7 @@ class ClusterSums(Accumulator):
         value = float(of(totals[:, None])[0])
         if self.num_clusters < 2 or not np.isfinite(value):
             return Interval(value, float("nan"), float("nan"), float("nan"), level)
-        moments = self._moments + self._sums @ self._sums.T
+        moments = self._second_moments()
         # A sum that cancels out is as small as can be: what counts is the size of what it is made of.
         size = np.maximum(np.abs(totals), np.sqrt(np.diag(moments)))
         steps = STEP * np.where(size > 0, size, 1.0)
@@ -100,8 +105,16 @@ class ClusterSums(Accumulator):
         variance = slope @ spread @ slope * self.num_clusters / (self.num_clusters - 1)
         return normal_interval(value, max(float(variance), 0.0), level, self.num_clusters - 1)
 
+    def _second_moments(self) -> Array:
+        """float64 (S, S); those of the clusters are kept until clusters come in, since several intervals are asked of one table."""
+        if self._products is None:
+            self._products = self._sums @ self._sums.T
+        moments: Array = self._moments + self._products
+        return moments
+
     def _join(self, keys: Array, sums: Array) -> None:
         if len(keys):
             self._keys, place = distinct(np.concatenate([self._keys, keys]))
             both = np.concatenate([self._sums, sums], axis=1)
             self._sums = np.stack([np.bincount(place, row, len(self._keys)) for row in both])
+            self._products = None
