@@ -87,6 +87,15 @@ def test_a_row_put_again_is_replaced() -> None:
     assert fetched(cache, 9) == rows(9, salt=2).to_pylist()
 
 
+def test_warming_leaves_no_trace() -> None:
+    cache = cache_of(LEAST_BYTES)
+    cache.put(rows(0))
+    before = cache.stats()
+    cache.warm()
+    assert cache.stats() == before
+    assert fetched(cache, 0) == rows(0).to_pylist()
+
+
 def test_the_later_event_time_counts() -> None:
     cache = cache_of()
     cache.put(rows(1, salt=1), event_time_us=20)
@@ -385,6 +394,20 @@ def test_a_file_larger_than_the_cache_says_so(tmp_path: Path, caplog: pytest.Log
         cache = load_items(file, ITEM_SCHEMA, key="item_id", capacity_bytes=LEAST_BYTES)
     assert 0 < cache.stats().entities < 1000
     assert f"{cache.stats().entities} of 1000 rows fit" in caplog.text
+
+
+def test_memory_of_another_is_used_where_it_fits(tmp_path: Path) -> None:
+    file = tmp_path / "items.parquet"
+    pq.write_table(pa.table({"item_id": ["a", "b"], "price": [1.0, 2.0]}), file)
+    first = load_items(file, ITEM_SCHEMA, key="item_id", capacity_bytes=1 << 20)
+    first.put(pa.record_batch({"item_id": ["b"], "price": [3.0]}))
+    second = load_items(file, ITEM_SCHEMA, key="item_id", capacity_bytes=1 << 20, shared=first.path)
+    assert second.fetch(pa.array(["b"])).columns["price"].to_pylist() == [3.0]
+    pq.write_table(pa.table({"item_id": ["b"], "tags": [["x"]]}), file)
+    for path in (first.path, "/nowhere"):  # other columns, and a process that is gone
+        other = load_items(file, ITEM_SCHEMA, key="item_id", capacity_bytes=1 << 20, shared=path)
+        assert not other.is_shared
+        assert other.fetch(pa.array(["b"])).columns["tags"].to_pylist() == [["x"]]
 
 
 def test_files_that_are_no_items_are_refused(tmp_path: Path) -> None:

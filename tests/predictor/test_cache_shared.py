@@ -1,5 +1,6 @@
 """The shared table: several processes read and write it, none sees half a row, and one that dies in the middle harms nobody."""
 
+import gc
 import os
 import random
 import signal
@@ -165,6 +166,18 @@ def test_memory_that_is_no_such_table_is_refused(tmp_path: Path) -> None:
     assert put(second, [1], 6).tolist() == [slots.OVERTAKEN]
     with pytest.raises(DataError, match="cannot be shared"):
         SharedTable.attach(FORMAT, path)
+
+
+def test_tables_leave_no_descriptor_behind() -> None:
+    before = len(os.listdir("/dev/fd"))  # noqa: PTH208
+    for n in range(20):
+        table = SharedTable(FORMAT, LEAST_BYTES)
+        put(table, [1], n)
+        if n % 2:
+            table.close()
+        del table
+    gc.collect()
+    assert len(os.listdir("/dev/fd")) == before  # noqa: PTH208
 
 
 class Model(RuleBasedStateMachine):

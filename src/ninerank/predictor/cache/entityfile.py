@@ -88,7 +88,7 @@ def load_items(
     """
     with open_entities(path, item_schema, key=key) as entities:
         cache = FeatureCache(entities.schema, key=key, capacity_bytes=capacity_bytes, shared=shared, called=called)
-        for batch in entities.batches() if shared is None else ():
+        for batch in () if cache.is_shared else entities.batches():
             if cache.put(batch):
                 held = cache.stats().entities
                 log.warning(

@@ -77,7 +77,7 @@ class FeatureCache:
     """Feature rows of one kind of entity, in at most `capacity_bytes` of memory that processes share; CLOCK evicts.
 
     schema: the columns kept, `key` among them. store: where rows come from that the memory lacks. shared: path of another process's
-    memory (`path`), instead of memory of its own. called: what errors call the ids.
+    memory (`path`), used instead of its own if it is there and holds the same columns. called: what errors call the ids.
 
     >>> cache = FeatureCache(pa.schema({"id": pa.string(), "price": pa.float64()}), key="id", capacity_bytes=1 << 20)
     >>> cache.put(pa.record_batch({"id": ["a", "b"], "price": [1.0, 2.0]}))
@@ -105,11 +105,22 @@ class FeatureCache:
         self.row_format = RowFormat(schema.remove(schema.get_field_index(key)))
         self._key_type = schema.field(key).type
         self._store = store
-        self._table = SharedTable(self.row_format, capacity_bytes) if shared is None else SharedTable.attach(self.row_format, shared)
+        attached = None if shared is None else self._attach(shared)
+        self._table = attached or SharedTable(self.row_format, capacity_bytes)
+        self.is_shared = attached is not None
+        """Whether the memory is another process's, which filled it."""
         self._flights: Flights[Any, tuple[bytes | None, int]] = Flights()
         self._counts, self._bad = Counter[str](), Counter[str]()
         self._bad_told = set[str]()
         self._lock = threading.Lock()
+
+    def _attach(self, path: str) -> SharedTable | None:
+        """Another process's memory; None where that is gone or holds other columns, as while versions of a model change."""
+        try:
+            return SharedTable.attach(self.row_format, path)
+        except DataError as error:
+            log.info("%s; this process keeps its own", error)
+            return None
 
     @property
     def path(self) -> str:
@@ -156,6 +167,19 @@ class FeatureCache:
             self._count(counts)
             return EntityRows({self.key: ids, **self.row_format.decode(values)}, has_row_N & (values.length_N > 0))
         return self._complete(ids, found.status_N, values, now_ns - found.fetched_N, counts, deadline_ns)
+
+    def warm(self) -> None:
+        """Have every kernel that a request needs compiled before the first one comes; the memory stays as it is."""
+        if not self.row_format.names:
+            return
+        rows = pa.RecordBatch.from_arrays([pa.nulls(1, field.type) for field in self.row_format.schema], schema=self.row_format.schema)
+        values, ids = self.row_format.encode(rows, 0), Ids(pa.array([0]))
+        self.row_format.check(values)
+        table = SharedTable(self.row_format, self._table.capacity_bytes)  # as large, and never touched beyond its first blocks
+        table.put(ids, values)
+        self.row_format.decode(table.find(ids, 0).values)
+        table.invalidate(ids)
+        table.close()
 
     def invalidate(self, ids: pa.Array) -> int:
         """Rows of `ids` are asked for anew from now on, and stand in if the store fails; how many the memory held."""

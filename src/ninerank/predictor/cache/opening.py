@@ -116,5 +116,7 @@ def open_caches(spec: FeatureSpec, settings: FeatureSettings, shared: Mapping[st
                 shared=(shared or {}).get(kind),
                 called=CALLED[kind],
             )
+    for cache in caches.values():
+        cache.warm()
     followers = [ChangeFollower(caches[kind], store.endpoint, kind) for kind, store in stores.items()]
     return FeatureCaches(caches, stores, followers)

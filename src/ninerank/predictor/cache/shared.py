@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,6 +122,7 @@ class SharedTable:
         self._base = self._words.ctypes.data
         self._room = FIRST_ROOM
         self._lock = _Lock.of(fd)
+        self._release = weakref.finalize(self, self._lock.leave, fd)  # a table that nobody closed goes with its last reference
 
     @property
     def path(self) -> str:
@@ -193,9 +195,8 @@ class SharedTable:
 
     def close(self) -> None:
         """Let the memory go; it is freed once no process maps it."""
-        if not self._closed:
-            self._closed = True
-            self._lock.leave(self._fd)
+        self._closed = True
+        self._release()
 
     @contextmanager
     def _writing(self, wait_s: float) -> Iterator[bool]:
