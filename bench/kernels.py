@@ -1,7 +1,8 @@
 """Training steps that use the fused operators against the same steps in plain torch.
 
-A step is lookup, tower, loss, backward and both updates, on one thread. Both sides have the same model, start from the same values
-and get the same batches; loss, logits and gradients are compared before anything is timed, and the steps are timed in turns.
+A step is lookup, tower, loss, backward and both updates, on one thread or as many as `--threads` says. Both sides have the same model,
+start from the same values and get the same batches; loss, logits and gradients are compared before anything is timed, and the steps are
+timed in turns.
 
     din_train_vs_padded        DIN over histories of Zipf lengths (mean 20, at most 100): padded plain torch / jagged
     din_relu_train_vs_padded   the same with the cheap activation instead of Dice
@@ -45,9 +46,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--only", choices=("din", "dcnv2", "hstu"))
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     shapes = {
+        "threads": options.threads,
         "batch": BATCH_SIZE,
         "dim": DIM,
         "fields": NUM_FIELDS + 1,
