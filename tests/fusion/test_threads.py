@@ -105,6 +105,29 @@ def test_many_callers_of_compiled_shares() -> None:
     assert wrong == []
 
 
+def test_after_a_long_wait_calls_are_made_alone_for_a_while() -> None:
+    patience = threads._Patience()
+    asked = []
+    for _ in range(3):
+        asked.append(patience.asks())
+        patience.learn(0.010, 0.009)
+        alone = 0
+        while not patience.asks():
+            alone += 1
+        asked.append(alone)
+        patience.learn(0.010, 0.009)
+        while not patience.asks():
+            pass
+    assert asked[0] is True
+    assert asked[1::2] == [8, 32, 64]
+    for _ in range(20):
+        patience.learn(0.010, 0.001)
+        patience.learn(0.0001, 0.00009)
+        assert patience.asks()
+    patience.learn(0.010, 0.009)
+    assert [patience.asks() for _ in range(9)] == [False] * 8 + [True]
+
+
 def test_wrong_arguments_of_compiled_shares_reach_the_caller() -> None:
     with pytest.raises(TypingError):
         threads.run_shares(weigh, 2, 4, "no numbers")

@@ -31,6 +31,8 @@ ELEMENTS_PER_THREAD = 1 << 16
 TAKEN, DONE, NUM_TICKETS = 0, 16, 32
 POLLS_BEFORE_SLEEP, SLEEP_S = 200, 2e-5
 MOST_GUIDED = 7
+LONG_WAIT_S = 1e-3
+FEWEST_ALONE, MOST_ALONE = 8, 64
 
 
 def num_threads_for(num_elements: int) -> int:
@@ -57,9 +59,10 @@ def run_shares(driver: Callable[..., None], num_threads: int, num_shares: int, *
     """Statuses of `num_shares` shares of a function compiled by `jit_shares`, of which `driver` takes one after another."""
     tickets, statuses = np.zeros(NUM_TICKETS, np.int64), np.zeros(num_shares, np.int64)
     others = min(num_threads, num_shares) - 1
-    if others <= 0:
+    if others <= 0 or not _patience.asks():
         driver(tickets, statuses, *arguments)
         return statuses
+    began, worked = time.perf_counter(), time.thread_time()
     visit = _Visit(driver, (tickets, statuses, *arguments))
     _helpers.ask(visit, others)
     try:
@@ -73,7 +76,36 @@ def run_shares(driver: Callable[..., None], num_threads: int, num_shares: int, *
         # A helper that was begun with and then lost its core needs ours.
         polls += 1
         time.sleep(0 if polls < POLLS_BEFORE_SLEEP else SLEEP_S)
+    took = time.perf_counter() - began
+    _patience.learn(took, took - (time.thread_time() - worked))
     return statuses
+
+
+class _Patience:
+    """Whether to ask helpers at all: not for a while after one that had lost its core kept its caller waiting.
+
+    On a machine with more threads than cores a helper may be stopped in the middle of a share, or with the interpreter's lock, for many
+    times as long as the work takes: a caller is then faster alone. Each such wait doubles the number of calls that are made alone, up
+    to a bound; each call that did not wait halves it.
+    """
+
+    def __init__(self) -> None:
+        self._alone = self._next = 0
+
+    def asks(self) -> bool:
+        """Whether this call should ask."""
+        if self._alone > 0:
+            self._alone -= 1
+            return False
+        return True
+
+    def learn(self, took_s: float, waited_s: float) -> None:
+        """Tell how long a call with helpers took, and how much of it the caller did nothing."""
+        if waited_s > LONG_WAIT_S and waited_s > took_s / 2:
+            self._next = min(MOST_ALONE, max(FEWEST_ALONE, 2 * self._next))
+            self._alone = self._next
+        else:
+            self._next //= 2
 
 
 class _Shares(Generic[Result]):
@@ -192,6 +224,7 @@ def _core_of_caller() -> Callable[[], int | None]:
 
 _current_core = _core_of_caller()
 _helpers = _Helpers()
+_patience = _Patience()
 
 
 def _forget_helpers() -> None:
