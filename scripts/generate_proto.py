@@ -1,4 +1,4 @@
-"""Write `src/ninerank/proto/v1/*_pb2*.py[i]` from the .proto files: `python scripts/generate_proto.py [--check]`.
+"""Write `src/ninerank/proto/*/*_pb2*.py[i]` from the .proto files: `python scripts/generate_proto.py [--check]`.
 
 The .proto files keep the layout that protobuf tools of other languages expect (`ninerank/v1/predictor.proto`); the
 Python code is moved to `ninerank.proto.v1`, so that `ninerank` stays the only top-level import name.
@@ -15,27 +15,34 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent / "src" / "ninerank" / "proto"
-PACKAGE = "ninerank.v1"
-OUT_PACKAGE = "ninerank.proto.v1"
+PACKAGES = {"ninerank.v1": "ninerank.proto.v1", "inference": "ninerank.proto.inference"}
 
 
 def generate(root: Path = ROOT) -> dict[Path, str]:
     """Text of every generated file, by its place in the package."""
     from grpc_tools import protoc
 
-    sources = sorted(str(path.relative_to(root)) for path in (root / "ninerank").rglob("*.proto"))
+    sources = sorted(str(path.relative_to(root)) for path in root.rglob("*.proto"))
     with tempfile.TemporaryDirectory() as directory:
         # A process of its own: protoc run in this one would leave its plugins' state behind between calls.
         command = [sys.executable, "-m", protoc.__name__, f"-I{root}"]
         command += [f"--{kind}_out={directory}" for kind in ("python", "pyi", "grpc_python")]
         subprocess.run([*command, *sources], check=True)
-        written = sorted(path for path in Path(directory).rglob("*") if path.is_file())
-        return {root / path.relative_to(Path(directory) / "ninerank"): _rewrite(path.read_text()) for path in written}
+        # Stubs are for clients of our own protocol; the other's clients bring theirs.
+        made = (path for path in Path(directory).rglob("*") if path.is_file())
+        written = sorted(
+            path for path in made if not (path.name.endswith("_grpc.py") and path.is_relative_to(Path(directory) / "inference"))
+        )
+        # What the package `ninerank` holds moves up into this one.
+        places = [Path(str(path.relative_to(directory)).removeprefix("ninerank/")) for path in written]
+        return {root / place: _rewrite(path.read_text()) for place, path in zip(places, written, strict=True)}
 
 
 def _rewrite(text: str) -> str:
-    text = re.sub(rf"^from {re.escape(PACKAGE)} import", f"from {OUT_PACKAGE} import", text, flags=re.MULTILINE)
-    return text.replace(f"'{PACKAGE}.predictor_pb2'", f"'{OUT_PACKAGE}.predictor_pb2'")
+    for package, out in PACKAGES.items():
+        text = re.sub(rf"^from {re.escape(package)} import", f"from {out} import", text, flags=re.MULTILINE)
+        text = re.sub(rf"'{re.escape(package)}\.(\w+_pb2)'", rf"'{out}.\1'", text)
+    return text
 
 
 def main() -> int:

@@ -1,7 +1,6 @@
 """The server over real gRPC: right scores for right requests, the right refusal for wrong ones, and it goes on."""
 
 import logging
-import random
 import threading
 import time
 import urllib.request
@@ -25,9 +24,7 @@ from ninerank.features.spec import FeatureSpec
 from ninerank.features.transform import Transform
 from ninerank.predictor.bundle import export_bundle
 from ninerank.predictor.cache.entities import default_item_key
-from ninerank.predictor.call import Call
 from ninerank.predictor.client import PredictorClient, build_request
-from ninerank.predictor.eventloop import on_loop
 from ninerank.predictor.requestlog import read_log
 from ninerank.predictor.serveconfig import ServeConfig
 from ninerank.predictor.server import PredictorServer
@@ -519,43 +516,6 @@ def test_a_port_in_use_is_named(served: Served, bundle_dir: Path) -> None:
         PredictorServer(bundle_dir, ServeConfig(port=served.ports.port, device="cpu")).start()
     with pytest.raises(DeviceError, match=f"metrics port {served.ports.metrics_port}"):
         PredictorServer(bundle_dir, ServeConfig(port=0, metrics_port=served.ports.metrics_port, device="cpu")).start()
-
-
-def test_random_and_changed_bytes_are_answered_or_refused(served: Served) -> None:
-    """Straight to the front, where anything but a NinerankError would be a fault of ours."""
-    rng = random.Random(0)
-    front = served.server.front
-    sound = [
-        message.SerializeToString()
-        for message in (
-            request(),
-            build_request(USER, {"price": [1.0, 2.0, 3.0]}, ids=["i1", "i2", "x"]),
-            build_request({"history": ["i1"] * 5}, {"tags": [["a", "é"], None, []], "item_id": ["i1", None, "i3"]}, top_k=2),
-        )
-    ]
-    answered = refused = 0
-    for n in range(4_000):
-        if n % 10 == 0:
-            data = rng.randbytes(rng.randrange(200))
-        else:
-            changed = bytearray(rng.choice(sound))
-            for _ in range(rng.choice([1, 1, 2, 5])):
-                changed[rng.randrange(len(changed))] = rng.randrange(256)
-            data = bytes(changed[: rng.choice([len(changed)] * 5 + [rng.randrange(len(changed))])])
-        try:
-            response = pb.RankResponse.FromString(on_loop(front.rank(data, Call(time.perf_counter_ns()))))
-        except NinerankError:
-            refused += 1
-            continue
-        assert all(0 <= score <= 1 for score in response.scores)
-        answered += 1
-    assert answered > 100
-    assert refused > 1_000
-    for _ in range(100):
-        with pytest.raises(grpc.RpcError) as refusal:
-            served.call(b"\x07" + rng.randbytes(rng.randrange(100)))
-        assert refusal.value.code() is INVALID
-    served.still_serves()
 
 
 def test_the_answer_is_a_message_that_older_clients_read(served: Served) -> None:

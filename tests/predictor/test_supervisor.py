@@ -119,4 +119,5 @@ def test_the_end_leaves_no_process_and_no_port(running: tuple[Supervisor, str]) 
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
     with socket.socket() as again:
+        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that were closed linger, a listener would not let us in
         again.bind(("127.0.0.1", int(target.rpartition(":")[2])))

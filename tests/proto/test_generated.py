@@ -36,7 +36,10 @@ def test_files_are_what_the_script_writes() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     files = module.generate()
-    assert {path.name for path in files} == {"predictor_pb2.py", "predictor_pb2.pyi", "predictor_pb2_grpc.py"}
+    assert {path.name for path in files} == {
+        *("predictor_pb2.py", "predictor_pb2.pyi", "predictor_pb2_grpc.py"),
+        *("open_inference_pb2.py", "open_inference_pb2.pyi"),
+    }
     for path, text in files.items():
         assert _less_tool_version(path.read_text()) == _less_tool_version(text), f"{path} is stale: run python scripts/generate_proto.py"
 

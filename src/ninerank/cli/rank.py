@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -32,7 +32,7 @@ def run(
 
     ninerank rank --example BUNDLE > r.json; ninerank rank --target localhost:50051 --request r.json
     """
-    from ninerank.predictor.requestfile import example_request
+    from ninerank.predictor.requestfile import answer, example_request
 
     if example is not None:
         print(example_request(example, candidates).to_text())
@@ -53,9 +53,13 @@ def run(
             request_id=asked.request_id,
             model_name=asked.model,
             model_version=asked.version,
+            tasks=asked.tasks,
+            explain_top=asked.explain_top,
+            priority=asked.priority,
+            session=asked.session,
         )
     if as_json:
-        print(json.dumps(_plain(result, asked), indent=1))
+        print(json.dumps(answer(result, asked.ids), indent=1))
     else:
         _show(result, asked)
 
@@ -68,28 +72,6 @@ def _read(path: Path) -> "RequestFile":
     except UnicodeDecodeError as error:
         raise RequestError(f"{path}: is not UTF-8 text ({error})") from None
     return RequestFile.from_text(text, str(path))
-
-
-def _plain(result: "RankResult", asked: "RequestFile") -> dict[str, Any]:
-    defaults = result.defaults_used
-    return {
-        "request_id": result.request_id,
-        "model_name": result.model_name,
-        "model_version": result.model_version,
-        "ranked": [{"rank": rank, **_candidate(result, asked, index)} for rank, index in enumerate(result.order.tolist(), start=1)],
-        "scores": result.scores.tolist(),
-        "tasks": {name: scores.tolist() for name, scores in result.tasks.items()},
-        "timings_us": dict(result.timings_us),
-        "defaults_used": {
-            "user_columns": list(defaults.user_columns),
-            "item_columns": list(defaults.item_columns),
-            "unknown_candidates": list(defaults.unknown_candidates),
-        },
-    }
-
-
-def _candidate(result: "RankResult", asked: "RequestFile", index: int) -> dict[str, Any]:
-    return {"index": index, "id": None if asked.ids is None else asked.ids[index], "score": float(result.scores[index])}
 
 
 def _show(result: "RankResult", asked: "RequestFile") -> None:

@@ -46,6 +46,7 @@ def run(
     max_candidates: Annotated[int, typer.Option(min=1, help="Candidates that a request may have.")] = 10_000,
     max_message_mb: Annotated[int, typer.Option(min=1, max=2047, help="Size that a request may have, in MB.")] = 16,
     drain_seconds: Annotated[float, typer.Option(min=0, help="How long the end waits for requests under way.")] = 10.0,
+    http_port: Annotated[int | None, typer.Option(min=0, max=65535, help="HTTP port of the JSON gateway. Default: none.")] = None,
     admin_port: Annotated[int | None, typer.Option(min=0, max=65535, help="gRPC port of ninerank.v1.Admin. Default: none.")] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="PEM file of the server's certificate: serve over TLS.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM file of its key.")] = None,
@@ -68,6 +69,7 @@ def run(
             "host": host,
             "port": port,
             "metrics_port": metrics_port,
+            "http_port": http_port,
             "admin_port": admin_port,
             "security": {
                 "certificate": tls_cert,
@@ -111,6 +113,8 @@ def _announce(ready: "Announcement") -> None:
     print(f"serving {ready.model_name} {ready.model_version} on {ready.device} at {ready.host}:{ready.port}", flush=True)
     for line in ready.caches:
         print(f"feature cache: {line}", flush=True)
+    if ready.http_port is not None:
+        print(f"JSON at http://{ready.host}:{ready.http_port}/v1/rank", flush=True)
     if ready.admin_port is not None:
         print(f"admin at {ready.host}:{ready.admin_port}", flush=True)
     if ready.metrics_port is not None:

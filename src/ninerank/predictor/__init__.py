@@ -8,8 +8,10 @@
     call.py admission.py dispatch.py the bounded queue before the models, and what computes what it lets through
     front.py status.py               calls as bytes, through queue and host; what a caller is told of a failure
     routes.py grpcport.py server.py client.py   gRPC around it
+    openinference.py tensors.py gateway.py      the same in the Open Inference Protocol, and in JSON over HTTP
     security.py tls.py admin.py      who may call; what changes a server while it serves
     serving.py supervisor.py worker.py control.py   one process or several on a port, and who replaces those that die
 
-Training and what lies below it never import this room; grpc is imported by `routes`, `grpcport`, `tls` and the clients alone.
+Training and what lies below it never import this room. aiohttp is imported by `gateway` alone, grpc by `routes`, `grpcport`, `tls` and the
+clients.
 """

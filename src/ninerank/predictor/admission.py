@@ -14,12 +14,23 @@ from typing import TypeAlias
 
 from ninerank.errors import DeadlineError, OverloadError
 from ninerank.predictor.call import HIGH, LOW, Call
+from ninerank.predictor.engine import Engine
+from ninerank.predictor.request import RankInput, RankOutput
 from ninerank.predictor.servicetime import ServiceTime
 
-__all__ = ["AdmissionQueue", "Job", "QueueStats", "Steps"]
+__all__ = ["AdmissionQueue", "Ask", "Job", "QueueStats", "Steps"]
 
-# Computes an answer; at each yield others may have their turn.
-Steps: TypeAlias = Generator[None, None, bytes]
+
+@dataclass(frozen=True)
+class Ask:
+    """A request that may be computed together with others of the same engine; its output is sent into the generator."""
+
+    engine: Engine
+    input: RankInput
+
+
+# Computes an answer. It yields None where others may have their turn, and an Ask where it waits for an engine's output.
+Steps: TypeAlias = Generator[Ask | None, RankOutput | None, bytes]
 MIN_RETRY_AFTER_MS = 1
 MAX_RETRY_AFTER_MS = 10_000
 
@@ -110,6 +121,21 @@ class AdmissionQueue:
                     return job
                 self._late += late is not None
             job.finish(None, late)
+
+    def more(self, jobs: int, rows: int) -> list[Job]:
+        """At most `jobs` of those that wait now, of at most `rows` rows together, taken as by `take`."""
+        taken: list[Job] = []
+        while len(taken) < jobs and rows > 0:
+            with self._changed:
+                lane = next((lane for lane in self._lanes if lane), None)
+                if lane is None or lane[0].rows > rows:
+                    break
+            job = self.take(wait=False)
+            if job is None:
+                break
+            rows -= job.rows
+            taken.append(job)
+        return taken
 
     def done(self, job: Job, elapsed_ns: int) -> None:
         """A job that `take` gave is computed, which took `elapsed_ns` in all its turns; 0: it failed, and tells nothing."""

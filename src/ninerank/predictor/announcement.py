@@ -8,7 +8,10 @@ __all__ = ["Announcement"]
 
 @dataclass(frozen=True)
 class Announcement:
-    """port: of gRPC. metrics_port, admin_port: None without these. caches: a line each. shared: their memory by kind, for others."""
+    """port: of gRPC. metrics_port, admin_port, http_port: None without these.
+
+    caches: a line each. shared: their memory by kind, for others.
+    """
 
     model_name: str
     model_version: str
@@ -17,5 +20,6 @@ class Announcement:
     port: int
     metrics_port: int | None = None
     admin_port: int | None = None
+    http_port: int | None = None
     caches: Sequence[str] = ()
     shared: Mapping[str, str] = field(default_factory=dict)

@@ -75,6 +75,7 @@ class Assembly:
             item_key=config.item_key,
             request_log=log,
             release=release,
+            merges=engine.device.torch_device.type != "cpu" if config.merge is None else config.merge > 1,
         )
 
     def retire(self, service: RankService) -> None:

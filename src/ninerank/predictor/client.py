@@ -28,8 +28,11 @@ __all__ = [
     "RankResult",
     "Staleness",
     "build_request",
+    "build_score_request",
     "failure",
     "open_channel",
+    "priority_of",
+    "result_of",
     "token_metadata",
 ]
 
@@ -211,9 +214,9 @@ class PredictorClient:
             request.propensities.extend(propensities)
         request.tasks.extend(tasks)
         request.explain_top, request.session = explain_top, session
-        request.priority = _priority(priority)
+        request.priority = priority_of(priority)
         response: pb.RankResponse = self._call("Rank", request, timeout_ms)
-        return _result(response)
+        return result_of(response)
 
     def score(
         self,
@@ -227,15 +230,10 @@ class PredictorClient:
         priority: Priority = "normal",
     ) -> Mapping[str, npt.NDArray[np.float32]]:
         """Scores by task of rows that hold user and item features side by side; errors as of `rank`."""
-        given = dict(zip(rows.schema.names, rows.columns, strict=True)) if isinstance(rows, pa.RecordBatch) else rows
-        columns = _columns(given)
-        lengths = {len(array) for array in columns.values()}
-        if len(lengths) != 1:
-            raise RequestError(f"rows need columns of one length, these have {', '.join(map(str, sorted(lengths))) or 'none'}")
-        request = pb.ScoreRequest(request_id=request_id, model_name=model_name, model_version=model_version, num_rows=lengths.pop())
-        request.features.extend(encode_column(name, array) for name, array in columns.items())
+        request = build_score_request(rows)
+        request.request_id, request.model_name, request.model_version = request_id, model_name, model_version
         request.tasks.extend(tasks)
-        request.priority = _priority(priority)
+        request.priority = priority_of(priority)
         response: pb.ScoreResponse = self._call("Score", request, timeout_ms)
         return {task.name: np.array(task.scores, np.float32) for task in response.tasks}
 
@@ -263,7 +261,8 @@ class PredictorClient:
         self.close()
 
 
-def _priority(name: str) -> pb.Priority:
+def priority_of(name: str) -> pb.Priority:
+    """The wire's number of a priority; raises RequestError for an unknown one."""
     found = _PRIORITIES.get(name)
     if found is None:
         raise RequestError(f"priority {name!r}; {nearest(name, _PRIORITIES)}")
@@ -304,6 +303,18 @@ def build_request(
     return request
 
 
+def build_score_request(rows: Items | pa.RecordBatch) -> pb.ScoreRequest:
+    """Message of a score call; raises RequestError for values that cannot be sent."""
+    given = dict(zip(rows.schema.names, rows.columns, strict=True)) if isinstance(rows, pa.RecordBatch) else rows
+    columns = _columns(given)
+    lengths = {len(array) for array in columns.values()}
+    if len(lengths) != 1:
+        raise RequestError(f"rows need columns of one length, these have {', '.join(map(str, sorted(lengths))) or 'none'}")
+    request = pb.ScoreRequest(num_rows=lengths.pop())
+    request.features.extend(encode_column(name, array) for name, array in columns.items())
+    return request
+
+
 def _columns(items: Any) -> dict[str, pa.Array]:
     if items is None:
         return {}
@@ -329,7 +340,8 @@ def _array(name: str, values: Any) -> pa.Array:
         raise RequestError(f"feature {name!r}: its values cannot be sent ({error})") from None
 
 
-def _result(response: pb.RankResponse) -> RankResult:
+def result_of(response: pb.RankResponse) -> RankResult:
+    """The result that an answer holds."""
     timings, defaults, staleness = response.timings, response.defaults, response.staleness
     return RankResult(
         scores=np.array(response.scores, np.float32),

@@ -6,20 +6,29 @@ on something else: a cache over the network, a device.
 """
 
 import asyncio
+import contextlib
 import threading
 import time
+from collections.abc import Sequence
 
-from ninerank.predictor.admission import AdmissionQueue, Job, Steps
+from ninerank.predictor.admission import AdmissionQueue, Ask, Job, Steps
 from ninerank.predictor.call import Call
+from ninerank.predictor.request import RankOutput
 
 __all__ = ["Dispatcher"]
 
+MERGED_ROWS = 8_192
+
 
 class Dispatcher:
-    """Computes what `queue` lets through; `run` is awaited on one event loop, `loop`."""
+    """Computes what `queue` lets through; `run` is awaited on one event loop, `loop`.
 
-    def __init__(self, queue: AdmissionQueue, workers: int, loop: asyncio.AbstractEventLoop) -> None:
+    merge: rank calls that may be computed at once, of those that wait; nobody is ever waited for.
+    """
+
+    def __init__(self, queue: AdmissionQueue, workers: int, loop: asyncio.AbstractEventLoop, merge: int = 1) -> None:
         self.queue = queue
+        self._merge = merge
         self._loop = loop
         self._is_pumping = False
         self._threads = [threading.Thread(target=self._work, name=f"rank-{n}", daemon=True) for n in range(workers)]
@@ -73,16 +82,51 @@ class Dispatcher:
         while (job := self.queue.take(wait=True)) is not None:
             self._compute(job)
 
-    def _compute(self, job: Job) -> None:
+    def _compute(self, first: Job) -> None:
+        asked = [(first, self._step(first, None))]
+        if asked[0][1] is not None and self._merge > 1:
+            asked += [(job, self._step(job, None)) for job in self.queue.more(self._merge - 1, MERGED_ROWS - first.rows)]
+        waiting = [(job, ask) for job, ask in asked if ask is not None]
+        while waiting:
+            engine = waiting[0][1].engine
+            group = [(job, ask) for job, ask in waiting if ask.engine is engine]
+            rest = [(job, ask) for job, ask in waiting if ask.engine is not engine]
+            # An output may be followed by another Ask.
+            following = [(job, self._step(job, output)) for (job, _), output in zip(group, self._outputs(group), strict=True)]
+            waiting = rest + [(job, ask) for job, ask in following if ask is not None]
+
+    def _step(self, job: Job, output: RankOutput | Exception | None) -> Ask | None:
+        """Go on with `job` until it is done, gives way or asks; what it asks comes back."""
         started_ns = time.perf_counter_ns()
         try:
-            next(job.steps)
+            ask = job.steps.throw(output) if isinstance(output, Exception) else job.steps.send(output)
         except StopIteration as stop:
             self.queue.done(job, job.spent_ns + time.perf_counter_ns() - started_ns)
             job.finish(stop.value, None)
+            return None
         except Exception as error:  # noqa: BLE001 - whatever it is, it is the caller's to see, and the next job's turn
             self.queue.done(job, 0)
             job.finish(None, error)
-        else:
-            job.spent_ns += time.perf_counter_ns() - started_ns
+            return None
+        job.spent_ns += time.perf_counter_ns() - started_ns
+        if ask is None:
             self.queue.again(job)
+        return ask
+
+    def _outputs(self, group: Sequence[tuple[Job, Ask]]) -> list[RankOutput | Exception]:
+        """Output or error of each; where all at once cannot be computed each is alone, so that nobody pays for another's fault."""
+        engine, started_ns = group[0][1].engine, time.perf_counter_ns()
+        outputs: list[RankOutput | Exception] = []
+        if len(group) > 1:
+            with contextlib.suppress(Exception):
+                outputs.extend(engine.rank_many([ask.input for _, ask in group]))
+        if not outputs:
+            for _, ask in group:
+                try:
+                    outputs.append(engine.rank(ask.input))
+                except Exception as error:  # noqa: BLE001 - its caller's to see
+                    outputs.append(error)
+        share_ns = (time.perf_counter_ns() - started_ns) // len(group)
+        for job, _ in group:
+            job.spent_ns += share_ns
+        return outputs

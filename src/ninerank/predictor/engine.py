@@ -11,6 +11,7 @@ Shape legend: B rows, N candidates, T tasks.
 import copy
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +138,23 @@ class Engine:
             raise RequestError(str(error)) from None
         order = np.argsort(-scores_NT[:, 0], kind="stable")
         return RankOutput(scores_NT, order[:top_k] if top_k else order, times)
+
+    def rank_many(self, inputs: Sequence[RankInput]) -> list[RankOutput]:
+        """What `rank` gives for each of several requests, computed at once: devices like one large batch better than many small ones.
+
+        Raises RequestError for bad values in any of them. Times are those of the whole.
+        """
+        start = time.perf_counter_ns()
+        counts = [rank_input.items.num_rows for rank_input in inputs]
+        users = pa.concat_batches([rank_input.user for rank_input in inputs])
+        items = pa.concat_batches([rank_input.items for rank_input in inputs])
+        try:
+            batch = self._transform.request(users, items, np.repeat(np.arange(len(inputs)), counts))
+        except DataError as error:
+            raise RequestError(str(error)) from None
+        scores_NT, times = self._scores(batch, start)
+        parts = np.split(scores_NT, np.cumsum(counts)[:-1])
+        return [RankOutput(part_NT, np.argsort(-part_NT[:, 0], kind="stable"), times) for part_NT in parts]
 
     def score(self, rows: pa.RecordBatch) -> npt.NDArray[np.float32]:
         """scores_BT of rows that hold user and item columns side by side, as a training log does. Raises DataError."""

@@ -5,6 +5,7 @@ Shape legend: K candidates that are explained, F columns.
 
 from collections.abc import Generator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +28,7 @@ class Explained:
 
 def explain(
     engine: Engine, rank_input: RankInput, chosen_K: npt.NDArray[np.int64], score_K: npt.NDArray[np.float32], task: int
-) -> Generator[None, None, Explained]:
+) -> Generator[None, Any, Explained]:
     """Explanations of the candidates `chosen_K`, whose scores of `task` are `score_K`; one pass a column, a yield after each."""
     user, items = rank_input.user, rank_input.items.take(pa.array(chosen_K))
     without = []

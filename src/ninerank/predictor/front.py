@@ -75,8 +75,7 @@ class Front:
     async def score(self, data: bytes, call: Call) -> bytes:
         """ScoreResponse to a ScoreRequest."""
         request = self._parse(pb.ScoreRequest, data, call)
-        if not 1 <= request.num_rows <= self._max_candidates:
-            raise RequestError(f"a request needs 1 to {self._max_candidates} rows, this one has {request.num_rows}")
+        self.check_rows(request.num_rows)
         return await self.dispatcher.run(call, request.num_rows, self._score_steps(request, call))
 
     async def model_status(self, data: bytes, call: Call) -> bytes:
@@ -90,6 +89,19 @@ class Front:
         answer: bytes = pb.ModelStatusResponse(models=models).SerializeToString()
         return answer
 
+    def check_size(self, data: bytes) -> None:
+        """Raise OverloadError for a message that is too large."""
+        if len(data) > self._max_message_bytes:
+            size = f"the message has {len(data):,} bytes, {self._max_message_bytes:,} are allowed"
+            raise OverloadError(
+                f"{size}: send fewer candidates or ids alone; `ninerank serve --max-message-mb` raises what the server takes"
+            )
+
+    def check_rows(self, count: int) -> None:
+        """Raise RequestError for no rows, or too many."""
+        if not 1 <= count <= self._max_candidates:
+            raise RequestError(f"a request needs 1 to {self._max_candidates} rows, this one has {count}")
+
     def _rank_steps(self, request: pb.RankRequest, call: Call) -> Steps:
         # The lease begins when the first step is computed and ends with the last, or when the steps are dropped.
         with self.host.lease(request.model_name, request.model_version, request.session or call.request_id) as service:
@@ -101,11 +113,7 @@ class Front:
 
     def _parse(self, kind: type[M], data: bytes, call: Call) -> Any:
         """The message, and what it says of its call: id, priority, time."""
-        if len(data) > self._max_message_bytes:
-            size = f"the message has {len(data):,} bytes, {self._max_message_bytes:,} are allowed"
-            raise OverloadError(
-                f"{size}: send fewer candidates or ids alone; `ninerank serve --max-message-mb` raises what the server takes"
-            )
+        self.check_size(data)
         request: Any = message_of(kind, data)
         if request.request_id:
             if not _REQUEST_ID.fullmatch(request.request_id):

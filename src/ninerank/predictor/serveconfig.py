@@ -25,8 +25,11 @@ class ServeConfig(Config):
     processes: servers on the port, each with an interpreter of its own; as many as there are cores gives the most requests a second.
     workers: threads of a process that compute; 0: its event loop does, which is the fastest where nothing but the processor is
     waited for.
+    merge: rank calls that wait may be computed at once, so many of them; default: 1 on the CPU, 16 on devices.
     max_pending: requests taken in at once, those being computed among them; the next one is answered RESOURCE_EXHAUSTED. drain_s: how
     long the end waits for requests under way.
+    open_inference: answer `inference.GRPCInferenceService` too.
+    http_port: port of the JSON gateway.
     admin_port: port of `ninerank.v1.Admin`; security: who may call either port.
     item_key: column that candidate ids stand for, in the items file too (default: the item id of which the spec has sequences, else
     `item_id` or `item`). user_key: column of the user's id (default: `user_id` or `user`).
@@ -40,13 +43,16 @@ class ServeConfig(Config):
     port: int = Field(default=50051, ge=0, le=65535)
     reuse_port: bool = False
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    http_port: int | None = Field(default=None, ge=0, le=65535)
     admin_port: int | None = Field(default=None, ge=0, le=65535)
     security: SecurityConfig = SecurityConfig()
     device: str = "auto"
     backend: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
+    open_inference: bool = True
     processes: int = Field(default=1, ge=1, le=256)
     workers: int = Field(default=0, ge=0, le=256)
+    merge: int | None = Field(default=None, ge=1, le=1024)
     max_pending: int = Field(default=256, ge=1)
     max_message_bytes: int = Field(default=16 << 20, ge=1024, le=MAX_GRPC_BYTES)
     max_candidates: int = Field(default=MAX_CANDIDATES, ge=1)

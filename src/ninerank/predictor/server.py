@@ -1,6 +1,7 @@
 """A bundle, all that is around it, and the ports at which it answers."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -26,8 +27,12 @@ from ninerank.predictor.telemetry import Telemetry
 from ninerank.predictor.tls import server_credentials
 from ninerank.proto.v1 import predictor_pb2 as pb
 
+if TYPE_CHECKING:
+    from ninerank.predictor.gateway import Gateway
+
 __all__ = ["PredictorServer"]
 
+DEVICE_MERGE = 16
 SERVICE = pb.DESCRIPTOR.services_by_name["Predictor"].full_name
 STORE_WORKERS = 2
 
@@ -56,11 +61,12 @@ class PredictorServer:
         self.queue = AdmissionQueue(config.max_pending, max(workers, 1))
         self.front = Front(
             self.host,
-            Dispatcher(self.queue, workers, event_loop()),
+            Dispatcher(self.queue, workers, event_loop(), DEVICE_MERGE if config.merge is None else config.merge),
             max_message_bytes=config.max_message_bytes,
             max_candidates=config.max_candidates,
         )
         self.telemetry.follow(self.host.models, self.queue.stats)
+        self._gateway: Gateway | None = None
         self._ports: list[GrpcPort] = on_loop(self._build())
 
     @property
@@ -86,6 +92,9 @@ class PredictorServer:
             if config.metrics_port is not None:
                 metrics = self._listen_metrics(config.metrics_port)
             wanted = [config.port] if config.admin_port is None else [config.port, config.admin_port]
+            http = None
+            if self._gateway is not None and config.http_port is not None:
+                http = on_loop(self._gateway.listen(config.host, config.http_port, reuse_port=config.reuse_port))
             taken = [on_loop(port.listen(config.host, number)) for port, number in zip(self._ports, wanted, strict=True)]
         except DeviceError:
             self.stop(0)
@@ -99,31 +108,46 @@ class PredictorServer:
             taken[0],
             metrics,
             None if config.admin_port is None else taken[1],
+            http,
             self.caches.told(),
             self.caches.shared,
         )
 
     def stop(self, grace_s: float | None = None) -> None:
         """Refuse new requests, give those under way `grace_s` (default: drain_s) seconds, write the log."""
+        grace_s = self.config.drain_s if grace_s is None else grace_s
+        if self._gateway is not None:
+            on_loop(self._gateway.close(grace_s))
         for port in self._ports:
-            on_loop(port.close(self.config.drain_s if grace_s is None else grace_s))
+            on_loop(port.close(grace_s))
         self.front.dispatcher.close()
         self.host.close()
         self.telemetry.close()
 
     async def _build(self) -> list[GrpcPort]:
-        config, front = self.config, self.front
+        config, front, guard = self.config, self.front, _guard(self.config)
         methods = {"Rank": front.rank, "Score": front.score, "ModelStatus": front.model_status}
+        services = [Service(SERVICE, methods, {"RankStream": front.rank})]
+        if config.open_inference:
+            # Its messages bear the names that other packages of the protocol bear: a process can hold one of them.
+            from ninerank.predictor.openinference import OpenInference
+
+            services.append(OpenInference(front).service())
         ports = [
             GrpcPort(
-                [Service(SERVICE, methods, {"RankStream": front.rank})],
+                services,
                 self.telemetry,
                 max_message_bytes=config.max_message_bytes,
-                guard=_guard(config),
+                guard=guard,
                 credentials=server_credentials(config.security),
                 reuse_port=config.reuse_port,
             )
         ]
+        if config.http_port is not None:
+            from ninerank.predictor.gateway import Gateway
+
+            limit, security = config.max_message_bytes, config.security
+            self._gateway = Gateway(front, self.telemetry, max_message_bytes=limit, guard=guard, security=security)
         if config.admin_port is not None:
             ports.append(admin_port(admin_service(self.host.load, self.host.unload), config, self.telemetry.registry))
         return ports

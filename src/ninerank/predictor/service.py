@@ -11,6 +11,7 @@ import copy
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ import pyarrow as pa
 
 from ninerank.errors import DataError, RequestError, nearest
 from ninerank.features.spec import Side
-from ninerank.predictor.admission import Steps
+from ninerank.predictor.admission import Ask, Steps
 from ninerank.predictor.cache import EntityRows, FeatureSource
 from ninerank.predictor.cache.entities import default_item_key
 from ninerank.predictor.call import Call
@@ -64,7 +65,8 @@ class RankService:
     """Answers calls with one engine, from any number of threads at once.
 
     items: where candidate ids are looked up. item_key: column that candidate ids stand for where there is no `items`. users: where the
-    user's features are looked up that a request lacks. release: closes what was opened for the service.
+    user's features are looked up that a request lacks. release: closes what was opened for the service. merges: let the dispatcher
+    compute several rank calls at once.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class RankService:
         item_key: str | None = None,
         request_log: RequestLog | None = None,
         release: Callable[[], None] | None = None,
+        merges: bool = False,
     ) -> None:
         self.engine = engine
         self._release = release
@@ -86,6 +89,7 @@ class RankService:
         self._item_columns = frozenset(engine.schema.item.names)
         self._item_key = item_key or default_item_key(engine.spec)
         self._log = request_log
+        self._merges = merges
 
     def release(self) -> None:
         """Let go of what was opened for this service and those renewed from it; nobody computes with them any more. Once is enough."""
@@ -108,10 +112,12 @@ class RankService:
             raise RequestError(f"explain_top is {request.explain_top}, at most {MAX_EXPLAINED} candidates are explained")
         _check_propensities(request)
         asked = self._columns(request, call)
-        if request.num_candidates <= PART_ROWS:
-            output = self.engine.rank(asked.input, request.top_k)
+        if self._merges and request.num_candidates <= PART_ROWS:
+            merged = yield Ask(self.engine, asked.input)
+            assert merged is not None
+            output = replace(merged, order=merged.order[: request.top_k] if request.top_k else merged.order)
         else:
-            output = yield from self._rank_parts(asked.input, request.top_k)
+            output = yield from self.rank_parts(asked.input, request.top_k)
         if tasks and tasks[0]:
             order = np.argsort(-output.scores_NT[:, tasks[0]], kind="stable")
             output = replace(output, order=order[: request.top_k] if request.top_k else order)
@@ -121,11 +127,11 @@ class RankService:
         _set_lookups(response, asked)
         if request.explain_top:
             yield from self._explain(response, asked.input, output, tasks[0] if tasks else 0, request.explain_top)
-        times_us = self._times_us(call, started_ns, asked.decoded_ns, asked.cached_ns, output.times)
+        times_us = self.times_us(call, started_ns, asked.decoded_ns, asked.cached_ns, output.times)
         if self._log is not None:
             self._write_log(call, request, asked, output, times_us)
         _set_timings(response.timings, times_us)
-        self._observe(request.num_candidates, times_us, (*asked.user_missing, *asked.item_missing))
+        self.observe(call, request.num_candidates, (*asked.user_missing, *asked.item_missing), times_us)
         self._observe_lookups(asked)
         answer: bytes = response.SerializeToString()
         return answer
@@ -146,13 +152,13 @@ class RankService:
         response.defaults.user_columns.extend(user_missing)
         response.defaults.item_columns.extend(item_missing)
         computed = StageTimes(0, 0, (time.perf_counter_ns() - decoded_ns) // 1000)
-        times_us = self._times_us(call, started_ns, decoded_ns, decoded_ns, computed)
+        times_us = self.times_us(call, started_ns, decoded_ns, decoded_ns, computed)
         _set_timings(response.timings, times_us)
-        self._observe(request.num_rows, times_us, (*user_missing, *item_missing))
+        self.observe(call, request.num_rows, (*user_missing, *item_missing), times_us)
         answer: bytes = response.SerializeToString()
         return answer
 
-    def score_rows(self, rows: pa.RecordBatch) -> Generator[None, None, npt.NDArray[np.float32]]:
+    def score_rows(self, rows: pa.RecordBatch) -> Generator[None, Any, npt.NDArray[np.float32]]:
         """scores_BT of rows that have all the spec's columns; raises RequestError for bad values."""
         parts = []
         for start in range(0, rows.num_rows, PART_ROWS):
@@ -164,8 +170,10 @@ class RankService:
                 raise RequestError(str(error)) from None
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _rank_parts(self, rank_input: RankInput, top_k: int) -> Generator[None, None, RankOutput]:
-        """What `Engine.rank` gives, part by part of the candidates."""
+    def rank_parts(self, rank_input: RankInput, top_k: int) -> Generator[None, Any, RankOutput]:
+        """What `Engine.rank` gives, part by part of the candidates; raises RequestError for bad values."""
+        if rank_input.items.num_rows <= PART_ROWS:
+            return self.engine.rank(rank_input, top_k)
         outputs = []
         for start in range(0, rank_input.items.num_rows, PART_ROWS):
             if start:
@@ -210,12 +218,14 @@ class RankService:
 
     def _decode(self, side: Side, columns: Iterable[pb.Column], num_rows: int) -> dict[str, pa.Array]:
         decoded: dict[str, pa.Array] = {}
+        known = self._item_columns if side == "item" else self._user_columns
         for column in columns:
-            # Before the values, so that a message of a million columns costs no more than one of a few.
-            self.engine.schema.check_name(side, column.name)
-            if column.name in decoded:
-                raise RequestError(f"feature {column.name!r} is sent twice")
-            decoded[column.name] = decode_column(column, num_rows)
+            name = column.name
+            if name not in known:  # before the values, so that a message of a million columns costs no more than one of a few
+                self.engine.schema.check_name(side, name)
+            if name in decoded:
+                raise RequestError(f"feature {name!r} is sent twice")
+            decoded[name] = decode_column(column, num_rows)
         return decoded
 
     def _complete(self, ids: pa.Array | None, given: dict[str, pa.Array], call: Call) -> tuple[dict[str, pa.Array], EntityRows | None]:
@@ -241,16 +251,15 @@ class RankService:
     def _rows(self, request: pb.ScoreRequest) -> tuple[pa.RecordBatch, tuple[str, ...], tuple[str, ...]]:
         """Rows with all the spec's columns, and the request-level and item columns that were left out."""
         schema, count = self.engine.schema, request.num_rows
-        request_columns = dict.fromkeys(schema.request.names)
         sides: dict[Side, list[pb.Column]] = {"request": [], "item": []}
         for column in request.features:
-            if column.name in request_columns:
+            if column.name in self._user_columns:
                 sides["request"].append(column)
                 if column.name not in self._item_columns:
                     continue
             elif column.name not in self._item_columns:
                 raise RequestError(
-                    f"unknown feature {column.name[:100]!r}; {nearest(column.name[:100], [*request_columns, *self._item_columns])}"
+                    f"unknown feature {column.name[:100]!r}; {nearest(column.name[:100], [*self._user_columns, *self._item_columns])}"
                 )
             sides["item"].append(column)
         user, user_missing = schema.conform("request", self._decode("request", sides["request"], count), count)
@@ -270,7 +279,7 @@ class RankService:
 
     def _explain(
         self, response: pb.RankResponse, rank_input: RankInput, output: RankOutput, task: int, top: int
-    ) -> Generator[None, None, None]:
+    ) -> Generator[None, Any, None]:
         order = output.order if len(output.order) >= top else np.argsort(-output.scores_NT[:, task], kind="stable")
         chosen_K = order[:top]
         explained = yield from explain(self.engine, rank_input, chosen_K, output.scores_NT[chosen_K, task], task)
@@ -301,7 +310,8 @@ class RankService:
         )
 
     @staticmethod
-    def _times_us(call: Call, started_ns: int, decoded_ns: int, cached_ns: int, times: StageTimes) -> dict[str, int]:
+    def times_us(call: Call, started_ns: int, decoded_ns: int, cached_ns: int, times: StageTimes) -> dict[str, int]:
+        """Microseconds by stage of an answered call."""
         return {
             "queue": (started_ns - call.arrived_ns) // 1000,
             "decode": (decoded_ns - started_ns) // 1000,
@@ -312,7 +322,8 @@ class RankService:
             "total": (time.perf_counter_ns() - call.arrived_ns) // 1000,
         }
 
-    def _observe(self, count: int, times_us: dict[str, int], defaulted: tuple[str, ...]) -> None:
+    def observe(self, call: Call, count: int, defaulted: tuple[str, ...], times_us: dict[str, int]) -> None:
+        """Tell the telemetry of an answered call."""
         telemetry = self.telemetry
         telemetry.observe_stages(times_us)
         telemetry.candidates.observe(count)

@@ -53,16 +53,18 @@ class Supervisor:
         self._bundle_dir = str(bundle_dir)
         self._config = config
         self._workers: dict[int, _Worker] = {}
-        self._port_holder: socket.socket | None = None
+        self._held_ports: list[socket.socket] = []
         self._is_ending = threading.Event()
         self._lock = threading.Lock()
         self.replaced = 0
 
     def start(self) -> Announcement:
         """Start the workers; raises DeviceError where the port cannot be had, and whatever keeps a worker from serving."""
-        self._port_holder, port = hold_port(self._config.host, self._config.port)
-        self._config = self._config.model_copy(update={"port": port, "reuse_port": True, "metrics_port": None, "admin_port": None})
         try:
+            own = {"port": self._hold(self._config.port), "reuse_port": True, "metrics_port": None, "admin_port": None}
+            if self._config.http_port is not None:
+                own["http_port"] = self._hold(self._config.http_port)
+            self._config = self._config.model_copy(update=own)
             places = list(range(self._config.processes))
             # The memory of feature caches is the first one's, which the others map: it is there before they start.
             for part in (places[:1], places[1:]) if self._config.has_caches else (places,):
@@ -137,8 +139,13 @@ class Supervisor:
                 worker.process.wait()
             if worker.caller is not None:
                 worker.caller.join(CALL_S)
-        if self._port_holder is not None:
-            self._port_holder.close()
+        for held in self._held_ports:
+            held.close()
+
+    def _hold(self, port: int) -> int:
+        holder, port = hold_port(self._config.host, port)
+        self._held_ports.append(holder)
+        return port
 
     def _begin(self, place: int) -> None:
         process = subprocess.Popen(
