@@ -35,7 +35,7 @@ def hstu_attention(
 
     >>> q, v = torch.zeros(3, 1, 1), torch.tensor([[[1.0]], [[2.0]], [[4.0]]])
     >>> hstu_attention(q, q, v, torch.tensor([10.0]), torch.tensor([0, 2, 3]), 0.1, kernel="torch").flatten()
-    tensor([0.9999, 2.9999, 3.9998])
+    tensor([1.0000, 2.9999, 3.9998])
     """
     out: Tensor = _operator(q_NHA, k_NHA, v_NHV, position_M, offsets, scale, kernel)
     return out
