@@ -175,7 +175,8 @@ def test_any_number_of_processes_goes_on_with_dynamic_tables_and_exports(make_re
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     Trainer(recipe, tmp_path / "one").fit()
     with torchrun(4, tmp_path / "recipe.yaml", "--out", tmp_path / "many", "--set", "schedule.epochs=1") as launcher:
-        assert launcher.wait(timeout=WAIT_S) == 0
+        said = launcher.communicate(timeout=WAIT_S)[0]
+    assert launcher.returncode == 0, said[-4000:]
     for processes, step, epochs, tiers in ((2, "step-5", 2, {"user": {"cache_rows": 13}}), (1, "step-15", 2, {}), (2, "step-15", 3, {})):
         settings = (f"schedule.epochs={epochs}", f"embedding.tiers={json.dumps(tiers)}")
         arguments = ("--out", tmp_path / "many", "--resume-from", step, *(part for each in settings for part in ("--set", each)))
