@@ -95,7 +95,7 @@ class TableGroup(nn.Module):
     @classmethod
     def drawn(cls, name: str, layout: TableLayout, dim: int, *, sparse: bool, init_std: float, seed: int) -> "TableGroup":
         """A group whose rows are the start values of `initial_rows`."""
-        storage_VD = memory.zeros((layout.total_rows, dim))
+        storage_VD = memory.zeros((layout.total_rows, dim), device=torch.get_default_device())
         for table, rows in layout.items():
             for first, block in initial_rows(seed, name, table, rows.stop - rows.start, dim, init_std):
                 storage_VD[rows.start + first : rows.start + first + len(block)] = torch.tensor(block)
