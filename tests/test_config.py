@@ -48,7 +48,7 @@ def test_windows_line_ends_and_a_byte_order_mark_are_read(tmp_path: Path) -> Non
     [
         (
             spec(encoding={"kind": "vocab"}),
-            "features.0 (user).encoding.kind: unknown 'vocab'; did you mean 'vocabulary'? valid: dynamic, hashed, vocabulary",
+            "features.0 (user).encoding.kind: unknown 'vocab'; did you mean 'vocabulary'? valid: dynamic, hashed, numbered, vocabulary",
         ),
         (spec(encoding={"kind": "hashed"}), "features.0 (user).encoding: key 'num_buckets' is missing"),
         (spec(encoding={}), "features.0 (user).encoding: key 'kind' is missing (value {})"),
@@ -87,7 +87,7 @@ def test_a_wrong_recipe_is_told_by_its_own_keys() -> None:
         Recipe.parse(recipe, "r.yaml")
     assert str(error.value) == (
         "r.yaml: data.train: Input should be a valid string or a list (value 3); "
-        "spec.features.0 (user).encoding.kind: unknown 'vocab'; did you mean 'vocabulary'? valid: dynamic, hashed, vocabulary; "
+        "spec.features.0 (user).encoding.kind: unknown 'vocab'; did you mean 'vocabulary'? valid: dynamic, hashed, numbered, vocabulary; "
         "model.mlp: unknown key 'hiden'; did you mean 'hidden'? valid: activation, batch_norm, dropout, hidden"
     )
 

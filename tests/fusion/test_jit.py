@@ -26,13 +26,13 @@ def _cached(folder: Path) -> tuple[int, int]:
     """Kernels loaded from and saved to `folder` by one process that looks two tables up."""
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(folder), "NUMBA_DEBUG_CACHE": "1", "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run([sys.executable, "-c", LOOKUP], check=True, capture_output=True, text=True, env=environment, timeout=120)
-    return tuple(len(re.findall(rf"data {what} '.*pool", done.stdout)) for what in ("loaded from", "saved to"))  # type: ignore[return-value]
+    return tuple(len(re.findall(rf"data {what} '.*drive", done.stdout)) for what in ("loaded from", "saved to"))  # type: ignore[return-value]
 
 
 def test_the_next_process_compiles_nothing_but_what_is_damaged(tmp_path: Path) -> None:
     assert _cached(tmp_path) == (0, 2)
-    index, _ = (file for file in tmp_path.rglob("*.nbi") if "pool" in file.name)
-    code = next(file for file in tmp_path.rglob("*.nbc") if "pool" in file.name and not file.name.startswith(index.stem))
+    index, _ = (file for file in tmp_path.rglob("*.nbi") if "drive" in file.name)
+    code = next(file for file in tmp_path.rglob("*.nbc") if "drive" in file.name and not file.name.startswith(index.stem))
     assert _cached(tmp_path) == (2, 0)
     index.write_bytes(b"")
     code.write_bytes(code.read_bytes()[:50])
