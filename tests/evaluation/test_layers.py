@@ -113,7 +113,10 @@ def test_tables_in_8_bits_are_compared_by_the_kernel_asked_for(bundle: Bundle, r
     export_bundle(model.eval(), run.spec, bundle.golden.rows, tmp_path / "int8", model_name="int8", version="1", tables="int8")
     found = compare_bundle(Bundle.load(tmp_path / "int8"), (CPU, Place.parse("cpu:torch")))
     assert found.passed, found.verdict
-    assert [set(kernels) for kernels in found.kernels] == [{"quantized_rows: numba"}, {"quantized_rows: torch"}]
+    assert [set(kernels) for kernels in found.kernels] == [
+        {"embedding_rows: numba", "quantized_rows: numba"},
+        {"embedding_rows: torch", "quantized_rows: torch"},
+    ]
 
 
 def test_changed_rows_are_named_at_the_lookup(bundle: Bundle) -> None:
@@ -213,7 +216,7 @@ def test_triton_interpreted_gives_the_same_layers(bundle_dir: Path, tmp_path: Pa
     mine, interpreted = json.loads(out.read_text())["kernels"]
     assert any(name.startswith("embedding_bag: numba") for name in mine)
     assert any(name.startswith("embedding_bag: triton") for name in interpreted)
-    assert not any("numba" in name for name in interpreted)
+    assert {name for name in interpreted if "numba" in name} <= {"embedding_rows: numba"}, "ids are checked on the host"
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ class MLP(nn.Module):
             out: Tensor = self.layers(x_BI)
             return out
         layers, before = list(self.layers), None
-        for layer, following in zip(layers, [*layers[1:], None], strict=True):
+        for layer, following in zip(layers, [*layers[1:], None], strict=False):  # of no layers none follows
             if isinstance(layer, nn.Linear) and isinstance(following, nn.ReLU):
                 x_BI = mlp_layer(x_BI, layer.weight, layer.bias, "relu")
             elif not (isinstance(layer, nn.ReLU) and isinstance(before, nn.Linear)):
