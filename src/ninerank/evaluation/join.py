@@ -28,6 +28,7 @@ from ninerank.config import Config, read_mapping
 from ninerank.errors import DataError, nearest
 from ninerank.evaluation.answers import numbers
 from ninerank.evaluation.mapmerge import Where, map_parts
+from ninerank.evaluation.snapshot import microseconds
 from ninerank.features.columns import conform
 from ninerank.features.files import reading
 from ninerank.features.hashing import hash_strings
@@ -281,12 +282,7 @@ def _labels(file: Path, stream: LabelStream) -> Iterator[pa.Table]:
 
 
 def _times(array: pa.Array, name: str, file: Path) -> pa.Array:
-    if pa.types.is_timestamp(array.type):
-        array = array.cast(pa.timestamp("us", array.type.tz), safe=False).cast(pa.int64())
-    elif pa.types.is_integer(array.type):
-        array = array.cast(pa.int64())
-    else:
-        raise DataError(f"{file}: column {name!r} is of type {array.type}; a time is a timestamp, or microseconds since 1970")
+    array = microseconds(array, name, file)
     if array.null_count:
         raise DataError(f"{file}: column {name!r} holds nulls; each label has its time")
     return array

@@ -20,7 +20,7 @@ from ninerank.errors import DataError, nearest
 from ninerank.features.columns import conform
 from ninerank.features.files import reading
 
-__all__ = ["AsOf", "Snapshot"]
+__all__ = ["AsOf", "Snapshot", "microseconds"]
 
 Rows = npt.NDArray[np.int64]
 BEFORE_ALL = -1
@@ -57,7 +57,7 @@ class Snapshot:
                 raise DataError(f"{path}: holds none of the features {', '.join(schema.names)}")
             table = pq.read_table(path, columns=list(dict.fromkeys((key, *self.columns, *filter(None, (time,))))))
         keys = conform(_whole(table, key), pa.string(), key)
-        times = _microseconds(_whole(table, time), time, self.path) if time else pa.array(np.full(len(keys), BEFORE_ALL), pa.int64())
+        times = microseconds(_whole(table, time), time, self.path) if time else pa.array(np.full(len(keys), BEFORE_ALL), pa.int64())
         for column, array in ((key, keys), (time, times)):
             if array.null_count:
                 raise DataError(f"{path}: column {column!r} holds {array.null_count} nulls; each version names its entity and time")
@@ -108,7 +108,8 @@ def _whole(table: pa.Table, name: str) -> pa.Array:
     return combined if isinstance(combined, pa.Array) else pa.concat_arrays(combined.chunks)
 
 
-def _microseconds(array: pa.Array, name: str, path: Path) -> pa.Array:
+def microseconds(array: pa.Array, name: str, path: Path) -> pa.Array:
+    """A column of times as int64 microseconds since 1970; raises DataError for a type that is no time."""
     if pa.types.is_timestamp(array.type):
         return array.cast(pa.timestamp("us", array.type.tz), safe=False).cast(pa.int64())
     if pa.types.is_integer(array.type):
