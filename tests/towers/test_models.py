@@ -299,8 +299,9 @@ def test_jagged_histories_give_what_padded_ones_do(config: ModelConfig, shape: T
                 grads = torch.autograd.grad(logits.square().sum(), list(tower.parameters()), allow_unused=True)
                 buffers = [buffer.clone() for buffer in tower.buffers()]
                 found.append([logits, *(grad for grad in grads if grad is not None), *buffers])
-            # A gradient rounds by what flows into it, however small it is itself.
-            scale = max(1.0, *(float(value.detach().abs().max()) for value in found[0] if value.numel()))
+            scale = 1.0
+            if dtype == torch.float32:  # a gradient rounds by what flows into it, however small it is itself
+                scale = max(scale, *(float(value.detach().abs().max()) for value in found[0] if value.numel()))
             torch.testing.assert_close(*found, atol=tolerance * scale, rtol=tolerance)
 
 
